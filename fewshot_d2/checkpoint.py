@@ -1,0 +1,119 @@
+"""Checkpoints: written atomically, read without running code, refused when they are another system's."""
+
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from .files import atomic_path, write_text
+
+logger = logging.getLogger(__name__)
+
+# What a pickle of numpy arrays needs, under the names of numpy 1 and numpy 2; nothing that acts.
+_ARRAY_GLOBALS = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *(
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings, numbers and numpy arrays; anything else is an error, never a call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Allow the names above only."""
+        if (module, name) in _ARRAY_GLOBALS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"only arrays are allowed in a pickle, got {module}.{name}")
+
+
+class FewShotCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, made safe against crashes, foreign code and mix-ups."""
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
+        """Arguments as in detectron2; the system is the class of ``model``."""
+        super().__init__(model, save_dir, **kwargs)
+        self.system = type(self.model).__name__
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``name``.pth and then point ``last_checkpoint`` to it.
+
+        Raises:
+            OSError: disk full or not writable; older checkpoints stay as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict(), "system": self.system}
+        content.update({key: part.state_dict() for key, part in self.checkpointables.items()})
+        content.update(kwargs)
+        path = Path(self.save_dir) / f"{name}.pth"
+        logger.info("Saving checkpoint to %s", path)
+        with atomic_path(path) as temporary:
+            _save(content, temporary)
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write the name of the newest checkpoint, atomically."""
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            content = _read(filename)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{filename} must be a readable checkpoint, got: {error}") from error
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{filename} must hold a dict, got {type(content).__name__}")
+        content = dict(content) if "model" in content else {"model": dict(content)}
+        owner = content.get("system", self.system)
+        if owner != self.system:
+            raise ValueError(
+                f"{filename} must be a checkpoint of {self.system}, got one of {owner}"
+            )
+        _check_overlap(filename, content["model"], self.model, heuristic="__author__" in content)
+        return content
+
+
+def _save(content: Any, path: Path) -> None:
+    """``torch.save`` whose failure is an OSError, as that of any other write.
+
+    torch's zip writer turns a full disk into a RuntimeError; writing through a Python file keeps the reason.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def _read(filename: str) -> Any:
+    if not filename.endswith(".pkl"):
+        return torch.load(filename, map_location="cpu", weights_only=True)
+    with open(filename, "rb") as file:
+        content = ArrayUnpickler(file, encoding="latin1").load()
+    if not ("model" in content and "__author__" in content):
+        content = {"model": content.get("blobs", content), "__author__": "Caffe2"}
+    return {**content, "matching_heuristics": True}
+
+
+def _check_overlap(filename: str, state: Mapping, model: nn.Module, *, heuristic: bool) -> None:
+    """Raise where not one weight of the file belongs to the model; detectron2 would only warn."""
+    own = model.state_dict()
+    names = {name.removeprefix("module.") for name in state}
+    if not heuristic and own and not names & set(own):
+        raise ValueError(
+            f"{filename} must hold weights of {type(model).__name__}, got {len(names)} names that it "
+            f"does not have, for example {sorted(names)[:2]}; it expects for example {sorted(own)[:2]}"
+        )

@@ -1,0 +1,103 @@
+"""Keys that all systems share; ``add_fewshot_config`` adds them and then each system's own."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_fewshot_config(cfg: CN) -> None:
+    """Add every key of fewshot_d2 to a detectron2 config, in place."""
+    from .systems import add_system_configs
+
+    cfg.FEWSHOT = CN()
+    _add_episodes(cfg.FEWSHOT)
+    _add_support(cfg.FEWSHOT)
+    _add_evaluation(cfg.FEWSHOT)
+    _add_backbones(cfg)
+    _add_solver(cfg)
+    add_system_configs(cfg)
+
+
+def _add_episodes(node: CN) -> None:
+    # Data sets of one's own, each [name, json file, image folder]; relative paths are below
+    # DETECTRON2_DATASETS. COCO and LVIS layouts; the names then go into DATASETS.TRAIN / TEST.
+    node.REGISTER = []
+    # Which classes are novel: "all" (none), "every_4th:i", "novel:dog,cat,17" or "file:split.json".
+    node.SPLIT = "all"
+    # Classes of a training episode that occur in the query (fewer if the image has fewer) ...
+    node.NUM_WAYS = 1
+    # ... and classes that do not; 0 in the paper. More teach the detector to abstain.
+    node.NUM_ABSENT_WAYS = 0
+    # Support examples a class in training.
+    node.NUM_SHOTS = 1
+    # Name in EPISODIC_MAPPER_REGISTRY.
+    node.MAPPER = "EpisodicDatasetMapper"
+    # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule. Queries and supports.
+    node.RESIZE_RULE = "paper"
+    # (query, class) pairs that go through the heads at once in inference: bounds the memory.
+    node.PAIRS_PER_CHUNK = 4
+
+
+def _add_support(node: CN) -> None:
+    node.SUPPORT = CN()
+    # Where supports are drawn from; empty: from the data set of the queries.
+    node.SUPPORT.DATASET_TRAIN = ""
+    # One a name in DATASETS.TEST, or empty for all.
+    node.SUPPORT.DATASETS_TEST = ()
+    # "crop": the mapper cuts the example out; "image": whole image with its box.
+    node.SUPPORT.FORM = "crop"
+    # Side of the support canvas in pixels, and the short side that the "code" rule enlarges to.
+    node.SUPPORT.SIZE = 192
+    node.SUPPORT.MIN_SIZE = 150
+    # Box of the example: "annotation", or "mask" = tight box of its mask (original code).
+    node.SUPPORT.BOX = "annotation"
+    # Never draw a support out of the query image while another image has the class.
+    node.SUPPORT.EXCLUDE_QUERY = True
+
+
+def _add_evaluation(node: CN) -> None:
+    node.TEST = CN()
+    # Plan files to evaluate; empty: plans are made from the keys below and saved in OUTPUT_DIR/plans.
+    node.TEST.PLANS = ()
+    # "present": classes in the image only (paper). "open": all classes of the side in every image.
+    node.TEST.PROTOCOL = "present"
+    # Sides of the split that are evaluated, of "novel", "base", "all".
+    node.TEST.SIDES = ("novel", "base")
+    node.TEST.NUM_SHOTS = 1
+    # Support draws; mean and 95 % interval are over these.
+    node.TEST.NUM_RUNS = 5
+    node.TEST.SEED = 0
+    # Query images a plan has at most, chosen by the seed; 0 = all.
+    node.TEST.MAX_IMAGES = 0
+    # Score at which a detection counts as a false positive in the open protocol.
+    node.TEST.PRESENCE_THRESHOLD = 0.5
+    # Of "gt_shift", "detection_shift".
+    node.TEST.BASELINES = ("gt_shift",)
+
+
+def _add_backbones(cfg: CN) -> None:
+    # ReLU after the lateral and the output convolutions of the FPN, as the original code has it.
+    cfg.MODEL.FPN.RELU = False
+
+    cfg.MODEL.TORCHVISION = CN()
+    # Any classification model of torchvision.models, its state dict (a local file or ""), ...
+    cfg.MODEL.TORCHVISION.NAME = "mobilenet_v2"
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    # ... "BN" or "FrozenBN", and TensorFlow's padding (0 left/top, 1 right/bottom) of strided convolutions.
+    cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
+    cfg.MODEL.TORCHVISION.TF_PADDING = False
+
+    cfg.MODEL.TIMM = CN()
+    # Any timm model that has features_only; needs the extra "timm".
+    cfg.MODEL.TIMM.NAME = "resnet18"
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+
+
+def _add_solver(cfg: CN) -> None:
+    # "SGD" or "ADAMW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of backbone.bottom_up relative to BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Iterations in which backbone.bottom_up keeps its weights (paper 5.1: 1000).
+    cfg.SOLVER.HEADS_ONLY_ITERS = 0
+    # Clip the L2 norm over all gradients together; 0 = off. The original: 5.
+    cfg.SOLVER.CLIP_GLOBAL_NORM = 0.0

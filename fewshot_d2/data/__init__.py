@@ -1,0 +1,13 @@
+"""Episodes: data sets, splits, index, plans, mapper and loaders. Nothing here imports a model."""
+
+from . import datasets
+from .dataset_mapper import EPISODIC_MAPPER_REGISTRY, EpisodicDatasetMapper
+from .loaders import EpisodicTestLoader, EpisodicTrainLoader
+
+__all__ = [
+    "EPISODIC_MAPPER_REGISTRY",
+    "EpisodicDatasetMapper",
+    "EpisodicTestLoader",
+    "EpisodicTrainLoader",
+    "datasets",
+]

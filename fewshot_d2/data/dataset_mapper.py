@@ -1,0 +1,204 @@
+"""Episodic mappers: an ``Episode`` in, the query dict of the batch contract out (see ``structures``)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.registry import Registry
+from pycocotools import mask as coco_mask
+
+from ..structures import Support, SupportSet
+from ..transforms import ResizeByRule, SupportCrop
+from .episodes import Episode
+
+EPISODIC_MAPPER_REGISTRY = Registry("EPISODIC_MAPPER")
+EPISODIC_MAPPER_REGISTRY.__doc__ = """
+Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``.
+"""
+
+_SUPPORT_FORMS = ("crop", "image")
+_SUPPORT_BOXES = ("annotation", "mask")
+
+
+@EPISODIC_MAPPER_REGISTRY.register()
+class EpisodicDatasetMapper:
+    """The default mapper.
+
+    1. Read the query, flip (training, by key) and resize it.
+    2. Keep the annotations of the episode's classes as ``instances`` with episode-local classes.
+    3. Read the supports and crop them or attach their boxes.
+
+    Everything random comes from the episode's key, nothing from a worker's state.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        image_format: str,
+        resize: ResizeByRule,
+        support_crop: SupportCrop,
+        support_form: str,
+        support_box: str,
+        with_masks: bool,
+        flip_probability: float,
+    ):
+        """Store the parts.
+
+        Args:
+            is_train: whether ``instances`` are wanted and flips allowed.
+            image_format: channel order of the query, "BGR" or "RGB". Supports are always RGB.
+            resize: rule of the query. support_crop: rule of the supports if ``support_form`` is "crop".
+            support_form: "crop" or "image". support_box: "annotation" or "mask".
+            with_masks: whether instances get ``gt_masks``.
+            flip_probability: of a horizontal flip of query and supports together, in training.
+        """
+        if support_form not in _SUPPORT_FORMS or support_box not in _SUPPORT_BOXES:
+            raise ValueError(
+                f"FEWSHOT.SUPPORT.FORM must be one of {_SUPPORT_FORMS} and BOX one of "
+                f"{_SUPPORT_BOXES}, got {support_form!r} and {support_box!r}"
+            )
+        self.is_train = is_train
+        self.image_format = image_format
+        self.resize = resize
+        self.support_crop = support_crop
+        self.support_form, self.support_box = support_form, support_box
+        self.with_masks = with_masks
+        self.flip_probability = flip_probability if is_train else 0.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
+        """Read the keys."""
+        return {
+            "is_train": is_train,
+            "image_format": cfg.INPUT.FORMAT,
+            "resize": ResizeByRule.from_cfg(cfg, is_train=is_train),
+            "support_crop": SupportCrop.from_cfg(cfg),
+            "support_form": cfg.FEWSHOT.SUPPORT.FORM,
+            "support_box": cfg.FEWSHOT.SUPPORT.BOX,
+            "with_masks": cfg.MODEL.MASK_ON,
+            "flip_probability": 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+        }
+
+    def __call__(self, episode: Episode) -> dict[str, Any]:
+        """Map one episode; the dicts in it are not changed.
+
+        Raises:
+            ValueError: an image is missing or broken; the message names the file.
+        """
+        record = episode.query
+        pixels = read_image(record, self.image_format)
+        flip = np.random.default_rng((*episode.key, 2)).random() < self.flip_probability
+        transforms = [T.HFlipTransform(pixels.shape[1])] if flip else []
+        transforms.append(self.resize.get_transform(pixels))
+        transform = T.TransformList(transforms)
+        pixels = transform.apply_image(pixels)
+        result = {
+            "file_name": record["file_name"],
+            "image_id": record["image_id"],
+            "height": record["height"],
+            "width": record["width"],
+            "image": _to_tensor(pixels),
+            "support": self._support_set(episode, flip=bool(flip)),
+            "episode_id": episode.episode_id,
+        }
+        if self.is_train:
+            result["instances"] = self._instances(episode, transform, pixels.shape[:2])
+        return result
+
+    def _instances(
+        self, episode: Episode, transform: T.Transform, image_size: tuple[int, int]
+    ) -> Instances:
+        local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
+        annotations = [
+            {**a, "category_id": local_class[a["category_id"]], "segmentation": outline(a)}
+            for a in episode.query.get("annotations", ())
+            if a["category_id"] in local_class and not a.get("iscrowd", 0)
+        ]
+        if not self.with_masks:
+            for annotation in annotations:
+                del annotation["segmentation"]
+        annotations = [
+            detection_utils.transform_instance_annotations(a, transform, image_size)
+            for a in annotations
+        ]
+        instances = detection_utils.annotations_to_instances(
+            annotations, image_size, mask_format="bitmask"
+        )
+        return detection_utils.filter_empty_instances(instances)
+
+    def _support_set(self, episode: Episode, *, flip: bool) -> SupportSet:
+        examples = [
+            [self._support(record, annotation, flip=flip) for record, annotation in shots]
+            for shots in episode.supports
+        ]
+        return SupportSet(list(episode.class_ids), list(episode.class_names), examples)
+
+    def _support(self, record: dict, annotation: dict, *, flip: bool) -> Support:
+        image = _to_tensor(read_image(record, "RGB"))
+        box = self._example_box(record, annotation)
+        support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))
+        if self.support_form == "crop":
+            support = self.support_crop(support)
+        return _flipped(support) if flip else support
+
+    def _example_box(self, record: dict, annotation: dict) -> Sequence[float]:
+        if self.support_box == "mask" and annotation.get("segmentation") is not None:
+            mask = decode_mask(annotation["segmentation"], record["height"], record["width"])
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            if len(rows):
+                return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+
+
+def read_image(record: dict, image_format: str) -> np.ndarray:
+    """Read a dataset dict's image, uint8 (H, W, 3).
+
+    Raises:
+        ValueError: missing, truncated or of another size than annotated; names the file.
+    """
+    try:
+        pixels = detection_utils.read_image(record["file_name"], format=image_format)
+        detection_utils.check_image_size(dict(record), pixels)
+    except (OSError, SyntaxError, detection_utils.SizeMismatchError) as error:
+        raise ValueError(
+            f"{record['file_name']} must be a readable image of "
+            f"{record.get('width', '?')}x{record.get('height', '?')} pixels, got: {error}"
+        ) from error
+    return np.ascontiguousarray(pixels)
+
+
+def outline(annotation: dict) -> list | dict:
+    """The segmentation, or the box as a polygon where there is none: the best outline known."""
+    if annotation.get("segmentation"):
+        return annotation["segmentation"]
+    x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """COCO polygons, uncompressed or compressed RLE -> bool (height, width)."""
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.decode(segmentation).astype(bool)
+
+
+def _flipped(support: Support) -> Support:
+    box = support.box
+    if box is not None:
+        width = support.image_size[1]
+        box = torch.stack([width - box[2], box[1], width - box[0], box[3]])
+    mask = None if support.mask is None else support.mask.flip(-1)
+    return Support(support.image.flip(-1), box, mask, support.negative)
+
+
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -1,0 +1,157 @@
+"""Loaders for training and evaluation, built on detectron2's."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from .coco_json import register_instances
+from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
+from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
+from .index import InstanceIndex
+from .plans import EvaluationPlan
+from .splits import restrict_to_classes, split_of
+
+logger = logging.getLogger(__name__)
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Register the data sets of FEWSHOT.REGISTER; a name that exists already is left alone."""
+    for row in cfg.FEWSHOT.REGISTER:
+        if len(row) != 3:
+            raise ValueError(f"FEWSHOT.REGISTER rows must be [name, json, images], got {row}")
+        if row[0] not in DatasetCatalog.list():
+            register_instances(*row)
+
+
+def class_table(dataset: str) -> tuple[dict[int, str], dict[int, int]]:
+    """Dataset category id -> name, and -> contiguous id, of a registered data set."""
+    metadata = MetadataCatalog.get(dataset)
+    contiguous = metadata.thing_dataset_id_to_contiguous_id
+    return {c: metadata.thing_classes[i] for c, i in contiguous.items()}, dict(contiguous)
+
+
+def build_index(dataset: str, class_ids: Iterable[int] | None = None) -> InstanceIndex:
+    """Index a data set; with ``class_ids``, annotations of all other classes are *removed* first."""
+    dicts = DatasetCatalog.get(dataset)
+    contiguous = MetadataCatalog.get(dataset).thing_dataset_id_to_contiguous_id
+    if class_ids is not None:
+        dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids})
+    return InstanceIndex(dicts, {i: c for c, i in contiguous.items()})
+
+
+def build_factory(
+    dataset: str, support_dataset: str, class_ids: Iterable[int] | None = None
+) -> EpisodeFactory:
+    """Indices of queries and supports; one object where the two data sets are one.
+
+    Raises:
+        ValueError: the two data sets do not share their category ids.
+    """
+    query_index = build_index(dataset, class_ids)
+    names, contiguous = class_table(dataset)
+    support_index = query_index
+    if support_dataset and support_dataset != dataset:
+        support_index = build_index(support_dataset, class_ids)
+        unknown = set(support_index.class_ids) - set(names)
+        if unknown:
+            raise ValueError(
+                f"support data set {support_dataset} must have category ids of {dataset}, "
+                f"got others: {sorted(unknown)[:5]}"
+            )
+    return EpisodeFactory(query_index, support_index, names=names, contiguous_ids=contiguous)
+
+
+def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
+    """Training episodes of a config. Novel classes are removed before anything is indexed."""
+    register_from_config(cfg)
+    if len(cfg.DATASETS.TRAIN) != 1:
+        raise ValueError(f"DATASETS.TRAIN must be one name, got {cfg.DATASETS.TRAIN}")
+    dataset = cfg.DATASETS.TRAIN[0]
+    DatasetCatalog.get(dataset)
+    base = split_of(dataset, cfg.FEWSHOT.SPLIT).base
+    factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base)
+    episodes = TrainingEpisodes(
+        factory,
+        build_mapper(cfg, is_train=True),
+        num_ways=cfg.FEWSHOT.NUM_WAYS,
+        num_absent_ways=cfg.FEWSHOT.NUM_ABSENT_WAYS,
+        num_shots=cfg.FEWSHOT.NUM_SHOTS,
+        seed=max(cfg.SEED, 0),
+        exclude_query=cfg.FEWSHOT.SUPPORT.EXCLUDE_QUERY,
+    )
+    logger.info(
+        "Training episodes: %s, %d images, %d base classes, seed %d",
+        dataset,
+        len(episodes.images),
+        len(episodes.class_ids),
+        episodes.seed,
+    )
+    return episodes
+
+
+def build_mapper(cfg: CfgNode, *, is_train: bool) -> Any:
+    """The mapper that FEWSHOT.MAPPER names."""
+    return EPISODIC_MAPPER_REGISTRY.get(cfg.FEWSHOT.MAPPER)(cfg, is_train)
+
+
+class EpisodicTrainLoader:
+    """Endless batches that start at the trainer's iteration.
+
+    The loader is built when the first batch is asked for. By then a checkpoint has been loaded, so a resumed run
+    reads the same episodes as one that was never interrupted.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """Read and index the data set; nothing is loaded yet."""
+        self.episodes = build_training_episodes(cfg)
+        self.total_batch_size = cfg.SOLVER.IMS_PER_BATCH
+        self.num_workers = cfg.DATALOADER.NUM_WORKERS
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        stream = EpisodeStream(
+            self.episodes,
+            start=get_event_storage().iter * self.total_batch_size,
+            batch_size=self.total_batch_size // comm.get_world_size(),
+        )
+        yield from build_detection_train_loader(
+            stream,
+            mapper=None,
+            total_batch_size=self.total_batch_size,
+            aspect_ratio_grouping=False,
+            num_workers=self.num_workers,
+        )
+
+
+class EpisodicTestLoader:
+    """Batches of one planned query; episodes that cannot be read are logged and left out."""
+
+    def __init__(self, cfg: CfgNode, plan: EvaluationPlan):
+        """Check the plan against its data sets and open it."""
+        factory = build_factory(plan.dataset, plan.support_dataset)
+        plan.check(factory.query_index, factory.support_index, plan.dataset)
+        episodes = PlannedEpisodes(plan, factory, build_mapper(cfg, is_train=False))
+        self.loader = build_detection_test_loader(
+            episodes, mapper=None, num_workers=cfg.DATALOADER.NUM_WORKERS
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            readable = [query for query in batch if "error" not in query]
+            for query in batch:
+                if "error" in query:
+                    logger.error("Left out: %s", query["error"])
+            if readable:
+                yield readable

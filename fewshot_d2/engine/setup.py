@@ -1,0 +1,57 @@
+"""From command-line arguments to a frozen config, in each process of a run."""
+
+import argparse
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import add_fewshot_config
+from ..data.loaders import register_from_config
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str, overrides: list[str] | None = None) -> CfgNode:
+    """Config of a YAML with our keys; CUDA falls back to the CPU where there is none."""
+    cfg = get_cfg()
+    add_fewshot_config(cfg)
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(overrides or [])
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("No CUDA device: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+        if cfg.SOLVER.AMP.ENABLED:
+            logger.warning("Mixed precision needs CUDA: SOLVER.AMP.ENABLED is False")
+            cfg.SOLVER.AMP.ENABLED = False
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Config, logging, seeds and data sets of this process; ``args`` of detectron2's parser."""
+    join_torchrun()
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fewshot_d2")
+    register_from_config(cfg)
+    return cfg
+
+
+def join_torchrun() -> None:
+    """Join the process group that ``torchrun`` describes in the environment, if it does (gloo on the CPU)."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    comm.create_local_process_group(local_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(comm.get_local_rank())

@@ -1,0 +1,63 @@
+"""Optimizers by key: parameter groups, global gradient clipping."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+_OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
+BOTTOM_UP = "backbone.bottom_up."
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """SOLVER.OPTIMIZER over groups split by (bottom-up or not, decayed or not).
+
+    Groups of the bottom-up are marked ``"bottom_up": True`` for the heads-only warm-up.
+
+    Raises:
+        ValueError: unknown optimizer name.
+    """
+    name = cfg.SOLVER.OPTIMIZER
+    if name not in _OPTIMIZERS:
+        raise ValueError(f"SOLVER.OPTIMIZER must be one of {sorted(_OPTIMIZERS)}, got {name!r}")
+    options: dict[str, Any] = {"lr": cfg.SOLVER.BASE_LR}
+    if name == "SGD":
+        options.update(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+    optimizer = _OPTIMIZERS[name](parameter_groups(cfg, model), **options)
+    if cfg.SOLVER.CLIP_GLOBAL_NORM > 0:
+        clip_global_norm(optimizer, cfg.SOLVER.CLIP_GLOBAL_NORM)
+    return optimizer
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters by (bottom-up or not, decayed or not); norms and biases are not decayed."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # One axis: biases and the affine of norms.
+            key = (BOTTOM_UP in f"{name}.", parameter.dim() > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "bottom_up": bottom_up,
+            "lr": cfg.SOLVER.BASE_LR * (cfg.SOLVER.BACKBONE_MULTIPLIER if bottom_up else 1.0),
+            "weight_decay": cfg.SOLVER.WEIGHT_DECAY if decayed else cfg.SOLVER.WEIGHT_DECAY_NORM,
+        }
+        for (bottom_up, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def clip_global_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Before every step scale all gradients together so that their joint L2 norm is at most ``max_norm``.
+
+    A hook of the optimizer runs after AMP has unscaled the gradients; detectron2's own clipping looks at each
+    parameter by itself.
+    """
+
+    def clip(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    optimizer.register_step_pre_hook(clip)

@@ -1,0 +1,88 @@
+"""``EpisodicTrainer``: detectron2's trainer on episodes, with exact resumption and evaluation by plans."""
+
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint import FewShotCheckpointer
+from ..data.loaders import EpisodicTrainLoader
+from .evaluate import evaluate
+from .hooks import HeadsOnlyWarmup, SeedEachStep, TrainingPictures
+from .solver import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class EpisodicTrainer(DefaultTrainer):
+    """DefaultTrainer with our loader, optimizer, checkpointer, hooks and evaluation."""
+
+    def __init__(self, cfg: CfgNode):
+        """Build everything that a run needs.
+
+        DefaultTrainer's constructor is not used: it fixes the checkpointer and CUDA's form of DDP.
+        """
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        make = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = make(distributed(model), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FewShotCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """SOLVER.OPTIMIZER; see ``engine.solver``."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> EpisodicTrainLoader:
+        """Endless batches of training episodes."""
+        return EpisodicTrainLoader(cfg)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate on plans; see ``engine.evaluate``."""
+        return evaluate(cfg, model)
+
+    def build_hooks(self) -> list[Any]:
+        """detectron2's hooks and ours; ours come first so that the timer and writers see their work."""
+        ours = [SeedEachStep(max(self.cfg.SEED, 0))]
+        if self.cfg.SOLVER.HEADS_ONLY_ITERS > 0:
+            ours.append(HeadsOnlyWarmup(self.optimizer, self.cfg.SOLVER.HEADS_ONLY_ITERS))
+        if self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
+            ours.append(TrainingPictures(self.cfg, self.checkpointer.model))
+        theirs = [h for h in super().build_hooks() if not isinstance(h, hooks.PreciseBN)]
+        return ours + theirs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration and hooks, and the optimizer, which detectron2 v0.6 leaves out."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Undo ``state_dict``."""
+        super().load_state_dict(dict(state_dict))
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """Wrap for several processes, on CUDA or (gloo) on the CPU."""
+    if comm.get_world_size() == 1:
+        return model
+    devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

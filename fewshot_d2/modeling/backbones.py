@@ -1,0 +1,223 @@
+"""FPN backbones by config: detectron2 ResNets, any torchvision classifier, any timm ``features_only`` model.
+
+Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbone`` gives them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, build_resnet_fpn_backbone
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+_STRIDES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+# Any size works that has a whole cell at stride 32 and is not pooled to one by accident.
+_PROBE_SIZE = 128
+
+
+class FeatureBackbone(Backbone):
+    """A model that returns its maps as a dict, seen as a detectron2 backbone."""
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, ShapeSpec]):
+        """Take a model that returns ``{name: Tensor[N, C, H, W]}`` and the shapes of those maps."""
+        super().__init__()
+        self.model = model
+        self._out_features = list(shapes)
+        self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
+        self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (Tensor[N, 3, H, W]) -> the named maps."""
+        return self.model(images)
+
+
+class TFSameConv2d(nn.Conv2d):
+    """Strided convolution with TensorFlow's SAME padding for even sides: the odd pixel goes right and bottom."""
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> "TFSameConv2d":
+        """Share the weights of an ordinary convolution."""
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+        )
+        new.weight, new.bias = conv.weight, conv.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad by kernel - stride in all, the smaller half first, and convolve."""
+        pads = []
+        for axis in (1, 0):
+            total = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1 - self.stride[axis]
+            total = max(total, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+def use_tf_padding(model: nn.Module) -> None:
+    """Replace every strided convolution of ``model`` by a ``TFSameConv2d``; names of weights stay."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d) and max(child.stride) > 1:
+                setattr(module, name, TFSameConv2d.from_conv(child))
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a local state dict exactly; an empty path leaves the random initialisation.
+
+    Raises:
+        ValueError: missing file or keys that do not fit; names the file.
+    """
+    if not path:
+        return
+    if not Path(path).is_file():
+        raise ValueError(f"backbone weights must be a local file, got {path}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(state.get("model", state))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} must fit {type(model).__name__}, got: {error}") from error
+
+
+def torchvision_features(
+    name: str, *, weights: str, norm: str, tf_padding: bool
+) -> FeatureBackbone:
+    """A torchvision classifier cut after its last map of each stride 4, 8, 16 and 32.
+
+    Raises:
+        ValueError: the model is unknown, its weights do not fit or it lacks one of the strides.
+    """
+    try:
+        model = models.get_model(name, weights=None)
+    except ValueError as error:
+        raise ValueError(f"MODEL.TORCHVISION.NAME must be a torchvision model: {error}") from error
+    load_weights(model, weights)
+    if tf_padding:
+        use_tf_padding(model)
+    model = _with_norm(model, norm)
+    tracer = {"leaf_modules": [FrozenBatchNorm2d]}
+    nodes = _last_node_per_stride(model, tracer)
+    shapes = {
+        _STRIDES[stride]: ShapeSpec(channels=c, stride=stride) for stride, (_, c) in nodes.items()
+    }
+    returned = {node: _STRIDES[stride] for stride, (node, _) in nodes.items()}
+    return FeatureBackbone(create_feature_extractor(model, returned, tracer_kwargs=tracer), shapes)
+
+
+def timm_features(name: str, *, weights: str, norm: str) -> FeatureBackbone:
+    """A timm model with ``features_only`` at strides 4, 8, 16 and 32; needs the extra ``timm``."""
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    load_weights(model, weights)
+    features = timm.create_model(name, pretrained=False, features_only=True)
+    indices = [i for i, r in enumerate(features.feature_info.reduction()) if r in _STRIDES]
+    if len(indices) != len(_STRIDES):
+        raise ValueError(f"timm model {name} must have strides {list(_STRIDES)}")
+    features = timm.create_model(name, pretrained=False, features_only=True, out_indices=indices)
+    features.load_state_dict(model.state_dict(), strict=False)
+    shapes = {
+        _STRIDES[r]: ShapeSpec(channels=c, stride=r)
+        for r, c in zip(
+            features.feature_info.reduction(), features.feature_info.channels(), strict=True
+        )
+    }
+    return FeatureBackbone(_NamedOutputs(_with_norm(features, norm), list(shapes)), shapes)
+
+
+class _NamedOutputs(nn.Module):
+    """Gives names to the list of maps that a timm model returns."""
+
+    def __init__(self, model: nn.Module, names: list[str]):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.model(images), strict=True))
+
+
+def _with_norm(model: nn.Module, norm: str) -> nn.Module:
+    if norm == "FrozenBN":
+        return FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+    if norm == "BN":
+        return model
+    raise ValueError(f"norm of the backbone must be 'BN' or 'FrozenBN', got {norm!r}")
+
+
+def _last_node_per_stride(model: nn.Module, tracer: dict) -> dict[int, tuple[str, int]]:
+    """Stride -> (node name, channels), found by sending one image through the traced model."""
+    names = get_graph_node_names(model, tracer_kwargs=tracer)[1]
+    probe = create_feature_extractor(model, names, tracer_kwargs=tracer).eval()
+    with torch.no_grad():
+        maps = probe(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+    found = {}
+    for name in names:
+        value = maps[name]
+        if isinstance(value, Tensor) and value.dim() == 4:
+            stride = _PROBE_SIZE // value.shape[-1]
+            if stride in _STRIDES and value.shape[-1] * stride == _PROBE_SIZE:
+                found[stride] = (name, value.shape[1])
+    if set(found) != set(_STRIDES):
+        raise ValueError(
+            f"{type(model).__name__} must have maps at strides {list(_STRIDES)}, got {sorted(found)}"
+        )
+    return {stride: found[stride] for stride in _STRIDES}
+
+
+def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """detectron2's FPN on any bottom-up, with the max-pooled p6."""
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=list(_STRIDES.values()),
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def add_fpn_relu(fpn: FPN) -> FPN:
+    """ReLU after each lateral (before the top-down sum) and output convolution: all maps >= 0 (spec 1.3)."""
+    for conv in (*fpn.lateral_convs, *fpn.output_convs):
+        conv.activation = F.relu
+    return fpn
+
+
+def _finish(cfg: CfgNode, fpn: FPN) -> FPN:
+    return add_fpn_relu(fpn) if cfg.MODEL.FPN.RELU else fpn
+
+
+@BACKBONE_REGISTRY.register()
+def build_fewshot_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """detectron2's ResNet-FPN of any depth, with MODEL.FPN.RELU."""
+    return _finish(cfg, build_resnet_fpn_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN on MODEL.TORCHVISION."""
+    node = cfg.MODEL.TORCHVISION
+    bottom_up = torchvision_features(
+        node.NAME, weights=node.WEIGHTS, norm=node.NORM, tf_padding=node.TF_PADDING
+    )
+    return _finish(cfg, build_fpn(cfg, bottom_up))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN on MODEL.TIMM."""
+    node = cfg.MODEL.TIMM
+    return _finish(
+        cfg, build_fpn(cfg, timm_features(node.NAME, weights=node.WEIGHTS, norm=node.NORM))
+    )

@@ -1,0 +1,186 @@
+"""The shell that every system shares: images in, supports encoded once, results per query out."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from ..structures import SupportFeatures, SupportSet
+from ..transforms import SupportCrop
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """P (query, class) pairs of a batch: the axis that the heads see as "images".
+
+    Attributes:
+        query (list[int]): position of the query in the batch.
+        episode_class (list[int]): 0..K-1 within the query's episode.
+        support (list[int]): row of the batch's ``SupportFeatures``.
+    """
+
+    query: list[int]
+    episode_class: list[int]
+    support: list[int]
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def chunks(self, size: int) -> Iterator["Pairs"]:
+        """Cut into runs of at most ``size`` pairs."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Pairs(self.query[part], self.episode_class[part], self.support[part])
+
+    def targets(
+        self, batched_inputs: Sequence[dict[str, Any]], device: torch.device
+    ) -> list[Instances]:
+        """Ground truth of each pair: the query's instances of that class, relabelled 0 = match."""
+        targets = []
+        for query, episode_class in zip(self.query, self.episode_class, strict=True):
+            instances = batched_inputs[query]["instances"]
+            chosen = instances[instances.gt_classes == episode_class].to(device)
+            chosen.gt_classes = torch.zeros_like(chosen.gt_classes)
+            targets.append(chosen)
+        return targets
+
+
+class FewShotDetector(nn.Module):
+    """Base of the meta-architectures. A subclass writes ``encode_support`` and ``forward``."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        support_crop: SupportCrop,
+        input_format: str,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        pairs_per_chunk: int,
+    ):
+        """Store the shared parts.
+
+        Args:
+            backbone: shared by queries and supports.
+            support_crop: cuts and resizes supports; its size is the side of the support canvas.
+            input_format: channel order of the query images, "BGR" or "RGB".
+            pixel_mean, pixel_std: per channel, in the order of ``input_format``.
+            pairs_per_chunk: (query, class) pairs that pass the heads at once in inference.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.support_crop = support_crop
+        self.input_format = input_format
+        self.pairs_per_chunk = pairs_per_chunk
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the shared keys."""
+        return {
+            "backbone": build_backbone(cfg),
+            "support_crop": SupportCrop.from_cfg(cfg),
+            "input_format": cfg.INPUT.FORMAT,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "pairs_per_chunk": cfg.FEWSHOT.PAIRS_PER_CHUNK,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:
+        """Features of all classes of all sets, set after set; independent of any query."""
+        raise NotImplementedError
+
+    def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
+        """Normalise and batch the queries, padded right and below to the backbone's divisibility."""
+        images = [self._normalized(x["image"].to(self.device)) for x in batched_inputs]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def preprocess_supports(
+        self, support_sets: Sequence[SupportSet]
+    ) -> tuple[Tensor, list[tuple[int, int]], list[int]]:
+        """Crop, normalise and pad the positive supports to the square canvas.
+
+        Returns:
+            Tensor[sum of shots, 3, size, size]; the (height, width) of each crop in it; shots of each class.
+        """
+        classes = [shots for support_set in support_sets for shots in support_set.positives()]
+        crops = [self.support_crop(shot) for shots in classes for shot in shots]
+        size = self.support_crop.size
+        canvas = self.pixel_mean.new_zeros(len(crops), 3, size, size)
+        for target, crop in zip(canvas, crops, strict=True):
+            image = crop.image.to(self.device)
+            if self.input_format == "BGR":
+                image = image.flip(0)
+            target[:, : image.shape[1], : image.shape[2]] = self._normalized(image)
+        return canvas, [crop.image_size for crop in crops], [len(shots) for shots in classes]
+
+    def gather_supports(
+        self, batched_inputs: Sequence[dict[str, Any]]
+    ) -> tuple[SupportFeatures, Pairs]:
+        """Encode each distinct ``support`` of the batch once, or take ``support_features``.
+
+        Raises:
+            ValueError: a query without support, or features of another system.
+        """
+        key = "support_features" if "support_features" in batched_inputs[0] else "support"
+        sources: dict[int, SupportSet | SupportFeatures] = {}
+        for x in batched_inputs:
+            if x.get(key) is None:
+                raise ValueError(
+                    f"every query must have {key!r}, got none for {x.get('file_name', 'a query')}"
+                )
+            sources.setdefault(id(x[key]), x[key])
+        starts = dict(
+            zip(
+                sources,
+                itertools.accumulate((len(s) for s in sources.values()), initial=0),
+                strict=False,
+            )
+        )
+        triples = [
+            (query, k, starts[id(x[key])] + k)
+            for query, x in enumerate(batched_inputs)
+            for k in range(len(x[key]))
+        ]
+        pairs = Pairs(*(list(column) for column in zip(*triples, strict=True)))
+        if key == "support":
+            return self.encode_support(list(sources.values())), pairs
+        features = SupportFeatures.cat(sources.values()).to(self.device)
+        if features.system != type(self).__name__:
+            raise ValueError(
+                f"support features must be made by {type(self).__name__}, got {features.system!r}"
+            )
+        return features, pairs
+
+    def postprocess(
+        self,
+        pair_results: Sequence[Instances],
+        pairs: Pairs,
+        batched_inputs: Sequence[dict[str, Any]],
+    ) -> list[dict[str, Instances]]:
+        """Join the pairs of each query; boxes and masks in original query pixels."""
+        per_query: list[list[Instances]] = [[] for _ in batched_inputs]
+        for result, query, k in zip(pair_results, pairs.query, pairs.episode_class, strict=True):
+            result.pred_classes = torch.full_like(result.pred_classes, k)
+            per_query[query].append(result)
+        return [
+            {"instances": detector_postprocess(Instances.cat(results), x["height"], x["width"])}
+            for results, x in zip(per_query, batched_inputs, strict=True)
+        ]
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        return (image - self.pixel_mean) / self.pixel_std

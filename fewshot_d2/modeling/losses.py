@@ -1,0 +1,55 @@
+"""Normalisers of the detection losses: detectron2's and those of the original Siamese Mask R-CNN.
+
+detectron2 divides sums of box losses by *all* sampled anchors or ROIs, the original by the positives x 4. Published
+loss weights mean something only together with their own normalisers (spec 2.7), so both are here. All counts are
+averaged over processes: then several processes give the gradient of one process with the same global batch.
+"""
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+
+REDUCTIONS = ("detectron2", "original")
+
+
+def check_reduction(reduction: str) -> str:
+    """Return ``reduction`` if it is one of ``REDUCTIONS``, else raise ``ValueError``."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"loss reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    return reduction
+
+
+def mean_over_ranks(count: float, device: torch.device) -> float:
+    """The count itself in one process, its mean over all processes otherwise."""
+    if comm.get_world_size() == 1:
+        return float(count)
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return total.item() / comm.get_world_size()
+
+
+def rpn_normalizers(
+    reduction: str, *, num_slots: float, num_sampled: float, num_positive: float
+) -> tuple[float, float]:
+    """What the *sums* of the RPN's (classification, box) losses are divided by.
+
+    Args:
+        num_slots: images x anchors wanted an image. num_sampled: anchors really sampled, positive or negative.
+        num_positive: positive ones among them.
+    """
+    if reduction == "original":
+        return max(num_sampled, 1.0), max(4.0 * num_positive, 1.0)
+    return max(num_slots, 1.0), max(num_slots, 1.0)
+
+
+def roi_normalizers(
+    reduction: str, *, num_slots: float, num_sampled: float, num_positive: float
+) -> tuple[float, float]:
+    """What the *sums* of the ROI heads' (classification, box) losses are divided by.
+
+    In the original the classification mean runs over all slots, empty ones included (spec 2.6), and the box mean
+    over positives x 4; in detectron2 both over the ROIs that were sampled.
+    """
+    if reduction == "original":
+        return max(num_slots, 1.0), max(4.0 * num_positive, 1.0)
+    return max(num_sampled, 1.0), max(num_sampled, 1.0)

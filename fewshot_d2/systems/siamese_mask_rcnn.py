@@ -1,0 +1,189 @@
+"""Siamese Mask R-CNN (Michaelis et al., "One-Shot Instance Segmentation").
+
+One backbone sees query and supports (4.2); each pyramid level is matched with the pooled support by absolute
+difference, concatenation and a 1x1 convolution to 384 channels (4.3, appendix 1.2); RPN, box and mask heads then
+see the matched pyramid only and tell match from no match (4.4). C channels of the FPN, D = 384 matched channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.proposal_generator import build_proposal_generator
+from detectron2.modeling.roi_heads import build_roi_heads
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from ..modeling.detector import FewShotDetector, Pairs
+from ..modeling.matching import absolute_difference, average_pool, mean_over_shots
+from ..structures import SupportFeatures, SupportSet
+
+_LOSSES = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Keys of this system; MODEL.MATCH also serves other systems with match heads."""
+    cfg.MODEL.MATCH = CfgNode()
+    # Channels after matching; 3 / 2 of the FPN's 256 in the paper.
+    cfg.MODEL.MATCH.CHANNELS = 384
+    # Pool a support over its own cells only, not over the padding of its canvas.
+    cfg.MODEL.MATCH.POOL_VALID_ONLY = False
+    # "detectron2" or "original": what loss sums are divided by.
+    cfg.MODEL.MATCH.LOSS_REDUCTION = "detectron2"
+    # Weights of RPN class, RPN box, ROI class, ROI box and mask loss. Paper 5.1, for its own reduction:
+    # 2, 0.1, 2, 0.5, 1.
+    cfg.MODEL.MATCH.LOSS_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0)
+    # "fill" up to ROI_HEADS.BATCH_SIZE_PER_IMAGE, or "proportional" to the positives (original).
+    cfg.MODEL.MATCH.NEGATIVES = "fill"
+    # Top-k and NMS of proposals over all levels together (original).
+    cfg.MODEL.MATCH.JOINT_PROPOSALS = False
+
+
+class PyramidMatching(nn.Module):
+    """W [P, |P - r|] + b on every level, each with its own W and b.
+
+    The convolution is linear, so its first half, W1 P + b, is computed once a query whatever the number of classes.
+    """
+
+    def __init__(self, *, levels: Sequence[str], in_channels: int, out_channels: int):
+        """One 1x1 convolution a level, from 2 C to D channels."""
+        super().__init__()
+        self.in_channels = in_channels
+        self.reduce = nn.ModuleDict(
+            {level: nn.Conv2d(2 * in_channels, out_channels, 1) for level in levels}
+        )
+        for convolution in self.reduce.values():
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+
+    def query_half(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{level: Tensor[N, C, H, W]} -> {level: Tensor[N, D, H, W]}, the same for every class."""
+        return {
+            level: F.conv2d(pyramid[level], conv.weight[:, : self.in_channels], conv.bias)
+            for level, conv in self.reduce.items()
+        }
+
+    def forward(
+        self,
+        pyramid: dict[str, Tensor],
+        query_half: dict[str, Tensor],
+        vectors: dict[str, Tensor],
+        pairs: Pairs,
+    ) -> dict[str, Tensor]:
+        """Matched pyramid {level: Tensor[P, D, H, W]} of the pairs; vectors {level: Tensor[K, C]}."""
+        matched = {}
+        for level, conv in self.reduce.items():
+            difference = absolute_difference(
+                pyramid[level][pairs.query], vectors[level][pairs.support]
+            )
+            support_half = F.conv2d(difference, conv.weight[:, self.in_channels :])
+            matched[level] = query_half[level][pairs.query] + support_half
+        return matched
+
+
+@META_ARCH_REGISTRY.register()
+class SiameseMaskRCNN(FewShotDetector):
+    """Matched-FPN Mask R-CNN, figure 2 and 3 of the paper."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        matching: PyramidMatching,
+        proposal_generator: nn.Module,
+        roi_heads: nn.Module,
+        pool_valid_only: bool,
+        loss_weights: Sequence[float],
+        **kwargs: Any,
+    ):
+        """Add to the shell the matching, the heads on D channels, and the five loss weights."""
+        super().__init__(**kwargs)
+        self.matching = matching
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+        self.pool_valid_only = pool_valid_only
+        self.loss_weights = dict(zip(_LOSSES, loss_weights, strict=True))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the keys."""
+        parts = super().from_config(cfg)
+        shapes = parts["backbone"].output_shape()
+        channels = cfg.MODEL.MATCH.CHANNELS
+        matched = {
+            level: ShapeSpec(channels=channels, stride=shape.stride)
+            for level, shape in shapes.items()
+        }
+        return {
+            **parts,
+            "matching": PyramidMatching(
+                levels=list(shapes),
+                in_channels=next(iter(shapes.values())).channels,
+                out_channels=channels,
+            ),
+            "proposal_generator": build_proposal_generator(cfg, matched),
+            "roi_heads": build_roi_heads(cfg, matched),
+            "pool_valid_only": cfg.MODEL.MATCH.POOL_VALID_ONLY,
+            "loss_weights": cfg.MODEL.MATCH.LOSS_WEIGHTS,
+        }
+
+    def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:
+        """One pooled vector a class and level: {level: Tensor[K, C]}."""
+        images, sizes, num_shots = self.preprocess_supports(support_sets)
+        vectors = {}
+        for level, features in self.backbone(images).items():
+            valid = self._valid_cells(sizes, features) if self.pool_valid_only else None
+            vectors[level] = mean_over_shots(average_pool(features, valid), num_shots)
+        return SupportFeatures(
+            tensors=vectors,
+            class_ids=[c for s in support_sets for c in s.class_ids],
+            class_names=[name for s in support_sets for name in s.class_names],
+            system=type(self).__name__,
+        )
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict]:
+        """Losses in training, ``[{"instances": Instances}]`` in inference; see ``structures``."""
+        queries = self.preprocess(batched_inputs)
+        support, pairs = self.gather_supports(batched_inputs)
+        pyramid = self.backbone(queries.tensor)
+        query_half = self.matching.query_half(pyramid)
+        if not self.training:
+            results = []
+            for chunk in pairs.chunks(self.pairs_per_chunk):
+                matched = self.matching(pyramid, query_half, support.tensors, chunk)
+                results += self.detect(_images_of(queries, chunk), matched)
+            return self.postprocess(results, pairs, batched_inputs)
+        matched = self.matching(pyramid, query_half, support.tensors, pairs)
+        targets = pairs.targets(batched_inputs, self.device)
+        losses = self.losses(_images_of(queries, pairs), matched, targets)
+        return {name: self.loss_weights[name] * loss for name, loss in losses.items()}
+
+    def losses(
+        self, images: ImageList, matched: dict[str, Tensor], targets: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Unweighted losses of RPN and heads on the matched pyramid."""
+        proposals, rpn_losses = self.proposal_generator(images, matched, targets)
+        _, roi_losses = self.roi_heads(images, matched, proposals, targets)
+        return {**rpn_losses, **roi_losses}
+
+    def detect(self, images: ImageList, matched: dict[str, Tensor]) -> list[Instances]:
+        """Detections of each pair in the frame of the resized query."""
+        proposals, _ = self.proposal_generator(images, matched)
+        return self.roi_heads(images, matched, proposals)[0]
+
+    def _valid_cells(self, sizes: list[tuple[int, int]], features: Tensor) -> Tensor:
+        """Tensor[B, h, w]: cells whose corner lies in the crop and not in the padding."""
+        height, width = features.shape[-2:]
+        size = torch.tensor(sizes, device=features.device) / self.support_crop.size
+        rows = torch.arange(height, device=features.device) / height < size[:, :1]
+        columns = torch.arange(width, device=features.device) / width < size[:, 1:]
+        return rows[:, :, None] & columns[:, None, :]
+
+
+def _images_of(queries: ImageList, pairs: Pairs) -> ImageList:
+    """The queries as the heads see them: one "image" a pair; only the sizes are read."""
+    return ImageList(queries.tensor, [queries.image_sizes[query] for query in pairs.query])

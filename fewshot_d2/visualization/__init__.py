@@ -1,0 +1,18 @@
+"""The only place that draws: ``pictures`` for images with instances, ``plots`` for diagrams."""
+
+from .pictures import draw_instances, episode_panel
+from .plots import (
+    plot_ap50_by_instances,
+    plot_confusion,
+    plot_precision_recall,
+    plot_training_losses,
+)
+
+__all__ = [
+    "draw_instances",
+    "episode_panel",
+    "plot_ap50_by_instances",
+    "plot_confusion",
+    "plot_precision_recall",
+    "plot_training_losses",
+]

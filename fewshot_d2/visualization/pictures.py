@@ -1,0 +1,221 @@
+"""Queries, supports and instances as pictures: numpy in, numpy out.
+
+Images are RGB uint8 (H, W, 3); boxes are XYXY in absolute pixels of the image that is given. Small
+images are enlarged before anything is drawn. A verdict is told by colour and by dashes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.structures import BitMasks, Instances, PolygonMasks
+from PIL import Image, ImageDraw
+
+from ..structures import Support, SupportSet
+from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, draw_marks, enlarged, font_for, overlap
+
+RIGHT, WRONG, TRUTH = CLASS_COLORS[0], CLASS_COLORS[5], CLASS_COLORS[3]
+
+_GAP = 10
+# Side of a support's thumbnail, relative to the shorter side of the query.
+_THUMBNAIL = 0.27
+
+
+def draw_instances(
+    image: np.ndarray,
+    instances: Instances,
+    class_names: Sequence[str] | None = None,
+    *,
+    threshold: float = 0.0,
+) -> np.ndarray:
+    """Draw boxes, mask outlines, names and scores, one colour a class.
+
+    Args:
+        image (ndarray[H, W, 3]): RGB, uint8; not changed.
+        instances: with ``pred_boxes, pred_classes, scores`` or ``gt_boxes, gt_classes``, and masks
+            if there are any.
+        class_names: one a class; None writes the scores alone.
+        threshold: least score of a detection that is drawn.
+
+    Returns:
+        ndarray[H', W', 3]: RGB, uint8, at least 384 pixels on its shorter side (unless very long).
+    """
+    shown = _above(instances, threshold)
+    canvas, scale = enlarged(image)
+    labels = _labels(shown, class_names)
+    draw_marks(canvas, _marks(shown, scale, canvas.size, _class_colors(shown), labels))
+    return np.asarray(canvas)
+
+
+def episode_panel(
+    query: np.ndarray,
+    support: SupportSet,
+    *,
+    ground_truth: Instances | None = None,
+    predictions: Instances | None = None,
+    threshold: float = 0.0,
+    correct: Sequence[bool] | None = None,
+    found: Sequence[bool] | None = None,
+) -> np.ndarray:
+    """Draw an episode: ground truth with the support in a corner and, below, what was found.
+
+    ``correct`` and ``found`` turn colours into a verdict: right detections are blue, wrong ones
+    dashed vermillion, instances yellow, dashed if they were missed. Without them colours are
+    classes.
+
+    Args:
+        query (ndarray[H, W, 3]): RGB, uint8.
+        support: examples of the K classes; the positive ones are shown as crops.
+        ground_truth: with ``gt_boxes, gt_classes`` and perhaps ``gt_masks``.
+        predictions: with ``pred_boxes, pred_classes, scores`` and perhaps ``pred_masks``.
+        threshold: least score of a detection that is drawn.
+        correct: one a prediction, those below the threshold included. found: one an instance of the
+            ground truth.
+    """
+    canvas, scale = enlarged(query)
+    names = support.class_names
+    # The name of an only class stands in the caption, not on every instance.
+    label_names = names if len(names) > 1 else None
+    truth, caption, boxes = canvas.copy(), ", ".join(names), np.zeros((0, 4))
+    if ground_truth is not None:
+        boxes = _boxes(ground_truth) * scale
+        colors, dashed = _class_colors(ground_truth), None
+        if found is not None:
+            colors, dashed = [TRUTH] * len(found), [not f for f in found]
+        labels = _labels(ground_truth, label_names)
+        draw_marks(truth, _marks(ground_truth, scale, truth.size, colors, labels, dashed))
+        caption = f"truth: {len(ground_truth)} × {caption}" if len(names) == 1 else "truth"
+    _paste_supports(truth, support, boxes)
+    tiles = [_captioned(truth, caption)]
+    if predictions is not None:
+        shown = _above(predictions, threshold)
+        colors, dashed, caption = _class_colors(shown), None, f"found: {len(shown)}"
+        if correct is not None:
+            kept = [s >= threshold for s in predictions.scores.tolist()]
+            verdicts = [c for c, k in zip(correct, kept, strict=True) if k]
+            colors, dashed = [RIGHT if v else WRONG for v in verdicts], [not v for v in verdicts]
+            caption = f"found: {sum(verdicts)} right, {len(verdicts) - sum(verdicts)} wrong"
+        if found is not None:
+            caption += f", {len(found) - sum(found)} missed"
+        labels = _labels(shown, label_names)
+        draw_marks(canvas, _marks(shown, scale, canvas.size, colors, labels, dashed))
+        tiles.append(_captioned(canvas, caption))
+    return np.asarray(_stacked(tiles))
+
+
+def _above(instances: Instances, threshold: float) -> Instances:
+    return instances[instances.scores >= threshold] if instances.has("scores") else instances
+
+
+def _classes(instances: Instances) -> list[int]:
+    for name in ("pred_classes", "gt_classes"):
+        if instances.has(name):
+            return instances.get(name).tolist()
+    return [0] * len(instances)
+
+
+def _class_colors(instances: Instances) -> list[Color]:
+    return [CLASS_COLORS[c % len(CLASS_COLORS)] for c in _classes(instances)]
+
+
+def _labels(instances: Instances, class_names: Sequence[str] | None) -> list[str]:
+    """Name (if there are names) and score (if there is one) of each instance."""
+    classes = _classes(instances)
+    parts = [[class_names[c]] if class_names is not None else [] for c in classes]
+    if instances.has("scores"):
+        for part, score in zip(parts, instances.scores.tolist(), strict=True):
+            part.append(f"{score:.2f}")
+    return [" ".join(part) for part in parts]
+
+
+def _boxes(instances: Instances) -> np.ndarray:
+    boxes = instances.pred_boxes if instances.has("pred_boxes") else instances.gt_boxes
+    return boxes.tensor.detach().cpu().numpy().astype(float)
+
+
+def _masks(instances: Instances) -> np.ndarray | None:
+    """Masks as bool (n, H, W), or None."""
+    for name in ("pred_masks", "gt_masks"):
+        if instances.has(name):
+            masks = instances.get(name)
+            if isinstance(masks, PolygonMasks):
+                masks = BitMasks.from_polygon_masks(masks.polygons, *instances.image_size)
+            masks = masks.tensor if isinstance(masks, BitMasks) else masks
+            return masks.detach().cpu().numpy().astype(bool)
+    return None
+
+
+def _marks(
+    instances: Instances,
+    scale: float,
+    size: tuple[int, int],
+    colors: Sequence[Color],
+    labels: Sequence[str],
+    dashed: Sequence[bool] | None = None,
+) -> list[Mark]:
+    """Scale instances to the enlarged image."""
+    masks = _masks(instances)
+    marks = []
+    for i, box in enumerate(_boxes(instances) * scale):
+        mask = None
+        if masks is not None and masks[i].any():
+            picture = Image.fromarray(masks[i].astype(np.uint8) * 255)
+            mask = np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) > 127
+        marks.append(Mark(tuple(box), mask, colors[i], labels[i], bool(dashed and dashed[i])))
+    return marks
+
+
+def _paste_supports(
+    canvas: Image.Image, support: SupportSet, boxes: Sequence[np.ndarray] | np.ndarray
+) -> None:
+    """Put the supports into the corner where they hide least of ``boxes``; what does not fit is left out."""
+    shots = support.positives()
+    side = round(_THUMBNAIL * min(canvas.size))
+    colors = CLASS_COLORS if len(shots) > 1 else (PAPER,)
+    frames = [
+        _thumbnail(shot, side, colors[k % len(colors)])
+        for k, of_class in enumerate(shots)
+        for shot in (of_class[:1] if len(shots) > 1 else of_class)
+    ]
+    frames = frames[: max(canvas.width // (side + 8), 1)]
+    size = sum(f.width for f in frames), max(f.height for f in frames)
+    corners = [(x, y) for y in (0, canvas.height - size[1]) for x in (0, canvas.width - size[0])]
+    hidden = [sum(overlap((x, y, x + size[0], y + size[1]), b) for b in boxes) for x, y in corners]
+    x, y = corners[int(np.argmin(hidden))]
+    for frame in frames:
+        canvas.paste(frame, (x, y))
+        x += frame.width
+
+
+def _thumbnail(shot: Support, side: int, color: Color) -> Image.Image:
+    """The example's region in a frame."""
+    x0, y0 = shot.region[:2].floor().int().tolist()
+    x1, y1 = shot.region[2:].ceil().int().tolist()
+    pixels = shot.image[:, y0:y1, x0:x1].permute(1, 2, 0).numpy()
+    crop = Image.fromarray(np.ascontiguousarray(pixels))
+    ratio = side / max(crop.size)
+    crop = crop.resize([max(round(s * ratio), 1) for s in crop.size], Image.Resampling.BICUBIC)
+    frame = Image.new("RGB", (crop.width + 8, crop.height + 8), DARK)
+    ImageDraw.Draw(frame).rectangle((1, 1, frame.width - 2, frame.height - 2), fill=color)
+    frame.paste(crop, (4, 4))
+    return frame
+
+
+def _captioned(tile: Image.Image, text: str) -> Image.Image:
+    font = font_for(tile.size)
+    bar = round(font.size * 1.7)
+    result = Image.new("RGB", (tile.width, tile.height + bar), PAPER)
+    result.paste(tile, (0, bar))
+    draw = ImageDraw.Draw(result)
+    while draw.textlength(text, font=font) > tile.width and len(text) > 1:
+        text = text[:-2] + "…"
+    draw.text((0, bar / 2), text, fill=DARK, font=font, anchor="lm")
+    return result
+
+
+def _stacked(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Tiles of one size above each other: on a phone each has the whole width."""
+    width, height = tiles[0].size
+    panel = Image.new("RGB", (width, len(tiles) * (height + _GAP) - _GAP), PAPER)
+    for i, tile in enumerate(tiles):
+        panel.paste(tile, (0, i * (height + _GAP)))
+    return panel

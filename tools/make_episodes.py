@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Write evaluation plans: one file a run, each printed with its SHA-256.
+
+Example::
+
+    python tools/make_episodes.py --dataset coco482 --json coco482/instances.json \
+        --images coco482/images --split every_4th:1 --side novel --output plans
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+
+from fewshot_d2.data.coco_json import register_instances
+from fewshot_d2.data.loaders import build_factory
+from fewshot_d2.data.plans import PROTOCOLS, make_plan
+from fewshot_d2.data.splits import SIDES, classes_of_side
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--dataset", required=True, help="name of the data set that is searched")
+    parser.add_argument("--json", help="register --dataset from this COCO or LVIS json")
+    parser.add_argument("--images", help="image folder of --json (both below DETECTRON2_DATASETS)")
+    parser.add_argument(
+        "--support-dataset", help="draw supports from this one (default: --dataset)"
+    )
+    parser.add_argument(
+        "--split", default="all", help="e.g. every_4th:1, novel:dog,cat, file:x.json"
+    )
+    parser.add_argument("--side", choices=SIDES, default="novel")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="present")
+    parser.add_argument("--shots", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=5, help="number of plans, runs 0, 1, ...")
+    parser.add_argument("--max-images", type=int, default=0, help="0 = all")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the plans")
+    args = parser.parse_args(argv)
+    if (args.json is None) != (args.images is None):
+        parser.error("--json and --images must be given together")
+    if args.runs < 1:
+        parser.error(f"--runs must be at least 1, got {args.runs}")
+    return args
+
+
+def write_plans(args: argparse.Namespace) -> None:
+    """Make, save and print the plans."""
+    if args.json:
+        register_instances(args.dataset, args.json, args.images)
+    support_dataset = args.support_dataset or args.dataset
+    for name in (args.dataset, support_dataset):
+        if name not in DatasetCatalog.list():
+            raise ValueError(f"data set must be registered, got {name!r} (see --json)")
+    factory = build_factory(args.dataset, support_dataset)
+    class_ids = classes_of_side(args.dataset, args.split, args.side)
+    for run in range(args.runs):
+        plan = make_plan(
+            factory.query_index,
+            factory.support_index,
+            dataset=args.dataset,
+            support_dataset=support_dataset,
+            split=args.split,
+            side=args.side,
+            class_ids=class_ids,
+            protocol=args.protocol,
+            shots=args.shots,
+            seed=args.seed,
+            run=run,
+            max_images=args.max_images,
+        )
+        path = args.output / plan.file_name
+        plan.save(path)
+        print(
+            f"{path}  sha256 {plan.sha256}  {len(plan.episodes)} episodes, {plan.num_pairs} pairs"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool; bad input ends it with one line."""
+    try:
+        write_plans(parse_args(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"make_episodes: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
