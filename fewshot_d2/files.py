@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Where files are, and writing them so that a crash or a full disk never leaves half of one."""
 
 import contextlib
 import hashlib
@@ -56,3 +56,8 @@ def canonical_sha256(content: Any) -> str:
     """SHA-256 of the content's canonical JSON: equal content gives equal hashes, however the file was laid out."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def dataset_path(path: str | Path) -> Path:
+    """``path``, below the folder ``DETECTRON2_DATASETS`` (default ``datasets``) if relative."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / path

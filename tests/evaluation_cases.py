@@ -2,9 +2,10 @@
 
 import numpy as np
 from detectron2.structures import BoxMode
+from pycocotools import mask as mask_api
+
 from fewshot_d2.data.plans import EvaluationPlan, PlannedEpisode
 from fewshot_d2.evaluation.coco_scoring import GroundTruth
-from pycocotools import mask as mask_api
 
 HEIGHT, WIDTH = 90, 120
 # Category ids with holes, in the order of the contiguous ids.
@@ -15,8 +16,7 @@ def box_mask(box, height=HEIGHT, width=WIDTH):
     """An ellipse-like mask inside an XYWH box, bool (height, width)."""
     x, y, w, h = box
     rows, columns = np.mgrid[:height, :width] + 0.5
-    inside = ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1
-    return inside
+    return ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1
 
 
 def rle(mask):

@@ -36,8 +36,12 @@ def test_levels_and_strides(overrides):
 @torch.no_grad()
 def test_timm_backbone():
     pytest.importorskip("timm", reason="the extra 'timm' is not installed")
-    cfg = tiny_config("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t")
-    assert [m.shape[-1] for m in build_backbone(cfg).eval()(torch.zeros(1, 3, 64, 64)).values()] == [
+    cfg = tiny_config(
+        "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"
+    )
+    assert [
+        m.shape[-1] for m in build_backbone(cfg).eval()(torch.zeros(1, 3, 64, 64)).values()
+    ] == [
         16,
         8,
         4,

@@ -13,9 +13,10 @@ from evaluation_cases import (
     random_dicts,
     truth_of,
 )
+from pycocotools import mask as mask_api
+
 from fewshot_d2.evaluation import detection_shift, evaluate_detections, gt_shift
 from fewshot_d2.evaluation.coco_scoring import planned_pairs
-from pycocotools import mask as mask_api
 
 
 def test_gt_shift_moves_boxes_with_their_masks():

@@ -34,7 +34,9 @@ def test_round_trip(tmp_path):
 
 def test_checkpoint_of_another_system_is_refused(tmp_path):
     FewShotCheckpointer(Other(), str(tmp_path)).save("model")
-    with pytest.raises(ValueError, match="model.pth must be a checkpoint of Small, got one of Other"):
+    with pytest.raises(
+        ValueError, match="model.pth must be a checkpoint of Small, got one of Other"
+    ):
         FewShotCheckpointer(Small()).load(str(tmp_path / "model.pth"))
 
 

@@ -20,12 +20,13 @@ from evaluation_cases import (
     random_dicts,
     truth_of,
 )
+from pycocotools import mask as mask_api
+
 from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.evaluation import EpisodicCOCOEvaluator, evaluate_detections, score_detections
 from fewshot_d2.evaluation.assignment import assign_pairs, best_threshold, precision_by_class
 from fewshot_d2.evaluation.coco_scoring import GroundTruth, planned_pairs
 from fewshot_d2.structures import Support, SupportSet
-from pycocotools import mask as mask_api
 
 AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 IOUS = [0.5 + 0.05 * i for i in range(10)]

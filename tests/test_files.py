@@ -27,7 +27,10 @@ def test_failure_keeps_the_older_file(tmp_path, error):
 
 
 def test_full_disk_names_the_file(tmp_path):
-    with pytest.raises(OSError, match="a.txt could not be written"), atomic_path(tmp_path / "a.txt"):
+    with (
+        pytest.raises(OSError, match="a.txt could not be written"),
+        atomic_path(tmp_path / "a.txt"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

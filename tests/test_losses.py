@@ -45,9 +45,7 @@ def test_rpn_losses_equal_loops(reduction, rng):
             if labels[n][a] == 1:
                 positives += 1
                 target = transform.get_deltas(anchors.tensor[a : a + 1], truth[a : a + 1])[0]
-                box_sum += sum(
-                    smooth_l1(x) for x in (deltas[n, a] - target).tolist()
-                )
+                box_sum += sum(smooth_l1(x) for x in (deltas[n, a] - target).tolist())
     if reduction == "original":
         expected = class_sum / sampled, box_sum / (4 * positives)
     else:
@@ -78,7 +76,9 @@ def test_roi_losses_equal_loops(reduction, rng):
             box_sum += sum(smooth_l1(x) for x in (deltas[r] - target).tolist())
     slots = predictor.rois_per_image
     expected = (
-        (class_sum / slots, box_sum / 8) if reduction == "original" else (class_sum / 3, box_sum / 3)
+        (class_sum / slots, box_sum / 8)
+        if reduction == "original"
+        else (class_sum / 3, box_sum / 3)
     )
     assert losses["loss_cls"].item() == pytest.approx(expected[0], rel=1e-5)
     assert losses["loss_box_reg"].item() == pytest.approx(expected[1], rel=1e-5)

@@ -13,6 +13,7 @@ from evaluation_cases import (
     random_dicts,
     truth_of,
 )
+
 from fewshot_d2.evaluation import confidence_interval, score_detections, summarize_runs
 from fewshot_d2.evaluation.assignment import assign_pairs, match_greedily
 from fewshot_d2.evaluation.metrics import (

@@ -225,6 +225,20 @@ def test_exemplars_show_one_glyph_each():
     assert EXEMPLARS.num_images == 320
 
 
+class FullSquare(ProceduralGlyphs):
+    """Ink everywhere."""
+
+    def drawing(self, class_index, drawing_index):
+        return np.full((64, 64), 255, np.uint8)
+
+
+def test_an_exemplar_that_sticks_out_is_made_smaller():
+    spec = replace(EXEMPLARS, source=FullSquare(classes=60), fill=(0.95, 1.0))
+    for index in range(10):
+        (glyph,) = spec.picture(index).objects
+        assert 45 <= max(annotation_of(glyph)["bbox"][2:]) <= 64
+
+
 def test_scenes_are_what_they_were():
     """Guards against an unnoticed change: raise ``_VERSION`` when the pictures are meant to change."""
     rows = [[annotation_of(glyph) for glyph in SCENES.picture(index).objects] for index in range(4)]

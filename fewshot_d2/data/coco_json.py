@@ -20,6 +20,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
+from ..files import dataset_path
+
 logger = logging.getLogger(__name__)
 
 DatasetDict = dict[str, Any]
@@ -27,11 +29,6 @@ DatasetDict = dict[str, Any]
 _NUM_CULPRITS = 3
 # Exporters round: a box that leaves its image by a fraction of a pixel is clipped without a word.
 _ROUNDING_PIXELS = 1.0
-
-
-def dataset_path(path: str | Path) -> Path:
-    """``path``, below the folder ``DETECTRON2_DATASETS`` (default ``datasets``) if relative."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / path
 
 
 def register_instances(name: str, json_file: str | Path, image_root: str | Path) -> None:

@@ -117,7 +117,13 @@ class EpisodicDatasetMapper:
     ) -> Instances:
         local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
         annotations = [
-            {**a, "category_id": local_class[a["category_id"]], "segmentation": outline(a)}
+            {
+                **a,
+                "category_id": local_class[a["category_id"]],
+                "segmentation": outline(a),
+                # detectron2 transforms in the box's own type, and would round integers down.
+                "bbox": [float(value) for value in a["bbox"]],
+            }
             for a in episode.query.get("annotations", ())
             if a["category_id"] in local_class and not a.get("iscrowd", 0)
         ]

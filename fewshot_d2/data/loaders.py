@@ -7,14 +7,13 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from .coco_json import register_instances
+from .coco_json import dataset_categories, register_instances
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
 from .index import InstanceIndex
@@ -33,20 +32,18 @@ def register_from_config(cfg: CfgNode) -> None:
             register_instances(*row)
 
 
-def class_table(dataset: str) -> tuple[dict[int, str], dict[int, int]]:
-    """Dataset category id -> name, and -> contiguous id, of a registered data set."""
-    metadata = MetadataCatalog.get(dataset)
-    contiguous = metadata.thing_dataset_id_to_contiguous_id
-    return {c: metadata.thing_classes[i] for c, i in contiguous.items()}, dict(contiguous)
-
-
 def build_index(dataset: str, class_ids: Iterable[int] | None = None) -> InstanceIndex:
     """Index a data set; with ``class_ids``, annotations of all other classes are *removed* first."""
     dicts = DatasetCatalog.get(dataset)
-    contiguous = MetadataCatalog.get(dataset).thing_dataset_id_to_contiguous_id
+    contiguous = contiguous_ids(dataset)
     if class_ids is not None:
         dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids})
     return InstanceIndex(dicts, {i: c for c, i in contiguous.items()})
+
+
+def contiguous_ids(dataset: str) -> dict[int, int]:
+    """Dataset category id -> ``category_id`` in the dicts."""
+    return {c: i for i, c in enumerate(dataset_categories(dataset))}
 
 
 def build_factory(
@@ -58,7 +55,7 @@ def build_factory(
         ValueError: the two data sets do not share their category ids.
     """
     query_index = build_index(dataset, class_ids)
-    names, contiguous = class_table(dataset)
+    names = dataset_categories(dataset)
     support_index = query_index
     if support_dataset and support_dataset != dataset:
         support_index = build_index(support_dataset, class_ids)
@@ -68,7 +65,9 @@ def build_factory(
                 f"support data set {support_dataset} must have category ids of {dataset}, "
                 f"got others: {sorted(unknown)[:5]}"
             )
-    return EpisodeFactory(query_index, support_index, names=names, contiguous_ids=contiguous)
+    return EpisodeFactory(
+        query_index, support_index, names=names, contiguous_ids=contiguous_ids(dataset)
+    )
 
 
 def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
@@ -77,7 +76,6 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(f"DATASETS.TRAIN must be one name, got {cfg.DATASETS.TRAIN}")
     dataset = cfg.DATASETS.TRAIN[0]
-    DatasetCatalog.get(dataset)
     base = split_of(dataset, cfg.FEWSHOT.SPLIT).base
     factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base)
     episodes = TrainingEpisodes(

@@ -1,8 +1,7 @@
 """Evaluation plans: which query, classes and supports, fixed in a file and known by its SHA-256.
 
 The hash is that of the content, not of the file's layout: the same seed gives the same hash on
-every machine. Ids are those of the json: image ids, dataset category ids, annotation ids (of the
-support data set).
+every machine. Image, dataset category and annotation ids are those of the json files.
 """
 
 import json
@@ -111,10 +110,8 @@ class EvaluationPlan:
         split = re.sub(r"[^A-Za-z0-9_.]+", "_", self.split)
         if len(split) > 60:
             split = f"{split[:50]}_{canonical_sha256(self.split)[:8]}"
-        return (
-            f"{self.dataset}{source}-{split}-{self.side}-{self.protocol}-{self.shots}shot-"
-            f"{len(self.episodes)}images-seed{self.seed}-run{self.run}.json"
-        )
+        what = f"{split}-{self.side}-{self.protocol}-{self.shots}shot-{len(self.episodes)}images"
+        return f"{self.dataset}{source}-{what}-seed{self.seed}-run{self.run}.json"
 
     def save(self, path: str | Path) -> None:
         """Write the plan atomically.
@@ -217,18 +214,15 @@ def make_plan(
 ) -> EvaluationPlan:
     """Draw the supports of one evaluation run.
 
-    Classes without any instance to draw a support from cannot be searched; they are left out with a
-    warning.
+    Classes without any instance to draw a support from are left out with a warning.
 
     Args:
-        query_index, support_index: one object, or indices of two data sets that share their
-            category ids.
-        dataset, support_dataset: their names; where they are equal, supports come from other images
-            than the query whenever another image has the class.
+        query_index, support_index: one object, or indices of two data sets with the same categories.
+        dataset, support_dataset: their names; if equal, supports come from other images than the
+            query whenever another image has the class.
         split, side: where ``class_ids`` come from, for the record.
         class_ids: the classes to search.
-        protocol: "present" (images without any of the classes are left out) or "open" (every image,
-            every class).
+        protocol: "present" (only images that have one of the classes, and only those) or "open".
         shots: supports a class. seed, run: the draw; runs differ in their supports only.
         max_images: at most this many images, the same ones for every run; 0 = all.
 
@@ -237,12 +231,7 @@ def make_plan(
     """
     _check_draw(side, protocol, shots=shots, seed=seed, run=run)
     classes = _searchable(class_ids, query_index, support_index)
-    wanted = []
-    for image_index in range(len(query_index.dicts)):
-        in_image = set(query_index.classes_in(image_index))
-        chosen = classes if protocol == "open" else tuple(c for c in classes if c in in_image)
-        if chosen:
-            wanted.append((image_index, chosen))
+    wanted = _queries(query_index, classes, protocol)
     if not wanted:
         raise ValueError(
             f"plan must have at least one episode, got none: {len(classes)} classes of side "
@@ -263,6 +252,19 @@ def make_plan(
     return EvaluationPlan(
         dataset, support_dataset, split, side, protocol, shots, seed, run, classes, tuple(episodes)
     )
+
+
+def _queries(
+    index: InstanceIndex, classes: tuple[int, ...], protocol: str
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(image index, classes to search in it) of the images that are worth an episode."""
+    queries = []
+    for image_index in range(len(index.dicts)):
+        in_image = set(index.classes_in(image_index))
+        chosen = classes if protocol == "open" else tuple(c for c in classes if c in in_image)
+        if chosen:
+            queries.append((image_index, chosen))
+    return queries
 
 
 def _draw(

@@ -1,52 +1,31 @@
 """Evaluation on plans: make or read them, run the model, add baselines, summarise over runs."""
 
-import itertools
 import logging
+import math
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import FewShotCheckpointer
-from ..data.loaders import EpisodicTestLoader, build_factory, class_table
+from ..data.loaders import EpisodicTestLoader, build_factory
 from ..data.plans import EvaluationPlan, make_plan
-from ..data.splits import split_of
+from ..data.splits import classes_of_side
 from ..evaluation.baselines import detection_shift, gt_shift
 from ..evaluation.episodic_coco import EpisodicCOCOEvaluator, evaluate_detections
 from ..evaluation.metrics import summarize_runs
+from ..evaluation.report import EvaluatedRun, ReportFacts, ReportRow, write_report
+from ..files import write_json
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PlanOutcome:
-    """What one plan gave.
-
-    Attributes:
-        plan: what was searched. results: metrics of the model. seconds: wall time of inference.
-        baselines (dict[str, dict]): metrics of each baseline by name.
-        evaluator: holds ground truth and detections for reports; main process only.
-    """
-
-    plan: EvaluationPlan
-    results: dict[str, Any]
-    seconds: float
-    evaluator: EpisodicCOCOEvaluator
-    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def group(self) -> str:
-        """Runs of one group differ in their supports only; mean and interval are over these."""
-        return f"{self.plan.dataset}/{self.plan.side}"
 
 
 def evaluate_only(cfg: CfgNode) -> dict[str, Any]:
@@ -60,31 +39,50 @@ def evaluate_only(cfg: CfgNode) -> dict[str, Any]:
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    """Metrics ``{"dataset/side/task": {metric: mean over runs, "metric_ci95": half width}}``; empty off rank 0."""
-    outcomes = evaluate_plans(cfg, model)
+    """Run the config's plans, print and return the numbers and write OUTPUT_DIR/report.html.
+
+    Returns:
+        ``{"dataset/side/task": {metric: mean over runs, "metric_ci95": half width}}``, the baselines as
+        ``"dataset/side/baseline/task"``; empty off the main process.
+    """
+    start = time.perf_counter()
+    rows = evaluate_plans(cfg, model)
     if not comm.is_main_process():
         return {}
-    results = summarize(outcomes)
+    results = summarize(rows)
+    write_json(Path(cfg.OUTPUT_DIR) / "results.json", _without_nan(results), indent=1)
+    facts = ReportFacts(
+        command=" ".join(sys.argv),
+        config=cfg.dump(),
+        seeds={"SEED": cfg.SEED, "FEWSHOT.TEST.SEED": cfg.FEWSHOT.TEST.SEED},
+        elapsed={"evaluation": time.perf_counter() - start},
+        metrics_file=Path(cfg.OUTPUT_DIR) / "metrics.json",
+    )
+    write_report(Path(cfg.OUTPUT_DIR) / "report.html", rows, facts, title=type(model).__name__)
     print_csv_format(results)
     return results
 
 
-def evaluate_plans(cfg: CfgNode, model: nn.Module) -> list[PlanOutcome]:
-    """Run every plan of the config."""
+def evaluate_plans(cfg: CfgNode, model: nn.Module) -> list[ReportRow]:
+    """Run every plan: a row for each (data set, side) and one for each baseline on it."""
     plans = evaluation_plans(cfg)
-    outcomes = []
+    rows: dict[str, ReportRow] = {}
     for number, plan in enumerate(plans, start=1):
         logger.info(
             "Plan %d of %d: %s, %s, %s classes, %d shots, seed %d, run %d, SHA-256 %s",
             *(number, len(plans), plan.dataset, plan.protocol, plan.side),
             *(plan.shots, plan.seed, plan.run, plan.sha256),
         )
-        outcomes.append(evaluate_plan(cfg, model, plan))
-    return outcomes
+        group = f"{plan.dataset}/{plan.side}"
+        for baseline, run in evaluate_plan(cfg, model, plan).items():
+            name = f"{group}/{baseline}" if baseline else group
+            row = rows.setdefault(name, ReportRow(name, [], is_baseline=bool(baseline)))
+            row.runs.append(run)
+    return list(rows.values())
 
 
-def evaluate_plan(cfg: CfgNode, model: nn.Module, plan: EvaluationPlan) -> PlanOutcome:
-    """Run one plan and its baselines."""
+def evaluate_plan(cfg: CfgNode, model: nn.Module, plan: EvaluationPlan) -> dict[str, EvaluatedRun]:
+    """The model's run under "" and each baseline's under its name; empty off the main process."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     threshold = cfg.FEWSHOT.TEST.PRESENCE_THRESHOLD
     evaluator = EpisodicCOCOEvaluator(
@@ -94,19 +92,17 @@ def evaluate_plan(cfg: CfgNode, model: nn.Module, plan: EvaluationPlan) -> PlanO
         output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / Path(plan.file_name).stem),
         presence_threshold=threshold,
     )
-    start = time.perf_counter()
     results = inference_on_dataset(model, EpisodicTestLoader(cfg, plan), evaluator)
-    outcome = PlanOutcome(plan, results or {}, time.perf_counter() - start, evaluator)
-    if comm.is_main_process():
-        for name in cfg.FEWSHOT.TEST.BASELINES:
-            outcome.baselines[name] = evaluate_detections(
-                evaluator.ground_truth,
-                _baseline(name, evaluator, plan),
-                plan,
-                tasks=tasks,
-                presence_threshold=threshold,
-            )
-    return outcome
+    if not comm.is_main_process():
+        return {}
+    runs = {"": EvaluatedRun(plan, results, evaluator.detections)}
+    for name in cfg.FEWSHOT.TEST.BASELINES:
+        detections = _baseline(name, evaluator, plan)
+        scores = evaluate_detections(
+            evaluator.ground_truth, detections, plan, tasks=tasks, presence_threshold=threshold
+        )
+        runs[name] = EvaluatedRun(plan, scores, detections)
+    return runs
 
 
 def _baseline(name: str, evaluator: EpisodicCOCOEvaluator, plan: EvaluationPlan) -> list[dict]:
@@ -118,29 +114,25 @@ def _baseline(name: str, evaluator: EpisodicCOCOEvaluator, plan: EvaluationPlan)
     raise ValueError(f"FEWSHOT.TEST.BASELINES must name gt_shift or detection_shift, got {name!r}")
 
 
-def summarize(outcomes: Sequence[PlanOutcome]) -> dict[str, Any]:
-    """Mean and 95 % interval over the runs of each group, of the model and of its baselines."""
+def summarize(rows: Sequence[ReportRow]) -> dict[str, Any]:
+    """Means and 95 % intervals over the runs of each row, flat as detectron2's printing wants them."""
     results: dict[str, Any] = {}
-    for group, members in itertools.groupby(outcomes, key=lambda outcome: outcome.group):
-        runs = list(members)
-        results |= _named(group, [run.results for run in runs])
-        for baseline in runs[0].baselines:
-            rows = [run.baselines[baseline] for run in runs]
-            results |= _named(f"{group}/{baseline}", rows)
+    for row in rows:
+        for task, metrics in summarize_runs([run.results for run in row.runs]).items():
+            if isinstance(metrics, Mapping):
+                flat = results[f"{row.name}/{task}"] = {}
+                for name, interval in metrics.items():
+                    flat[name] = interval.mean
+                    if interval.half_width is not None:
+                        flat[f"{name}_ci95"] = interval.half_width
     return results
 
 
-def _named(prefix: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Flat numbers, as detectron2's printing and EXPECTED_RESULTS want them."""
-    results = {}
-    for task, metrics in summarize_runs(runs).items():
-        if isinstance(metrics, dict):
-            row = results[f"{prefix}/{task}"] = {}
-            for name, interval in metrics.items():
-                row[name] = interval.mean
-                if interval.half_width is not None:
-                    row[f"{name}_ci95"] = interval.half_width
-    return results
+def _without_nan(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    return {
+        task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        for task, metrics in results.items()
+    }
 
 
 def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
@@ -172,10 +164,8 @@ def _support_datasets(cfg: CfgNode) -> Sequence[str]:
 def _make_plans(
     cfg: CfgNode, dataset: str, support_dataset: str, side: str
 ) -> list[EvaluationPlan]:
-    DatasetCatalog.get(dataset)
     factory = build_factory(dataset, support_dataset)
-    split = split_of(dataset, cfg.FEWSHOT.SPLIT)
-    class_ids = {"base": split.base, "novel": split.novel, "all": tuple(class_table(dataset)[0])}
+    class_ids = classes_of_side(dataset, cfg.FEWSHOT.SPLIT, side)
     node = cfg.FEWSHOT.TEST
     return [
         make_plan(
@@ -185,7 +175,7 @@ def _make_plans(
             support_dataset=support_dataset,
             split=cfg.FEWSHOT.SPLIT,
             side=side,
-            class_ids=class_ids[side],
+            class_ids=class_ids,
             protocol=node.PROTOCOL,
             shots=node.NUM_SHOTS,
             seed=node.SEED,

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from ..data.plans import EvaluationPlan
-from .coco_scoring import Detection, GroundTruth, GroundTruthInstance, Pair, planned_pairs
+from .coco_scoring import Detection, GroundTruth, GroundTruthInstance, Pair, planned_pairs, scorable
 
 # COCO's limit of detections per image and class, and its recall thresholds.
 _MAX_DETECTIONS = 100
@@ -109,11 +109,6 @@ def pairwise_iou(
         return np.asarray(mask_api.iou(masks, [i.rle for i in instances], is_crowd))
     boxes = np.array([d["bbox"] for d in detections], dtype=float)
     return np.asarray(mask_api.iou(boxes, np.array([i.box for i in instances], float), is_crowd))
-
-
-def scorable(instances: Iterable[GroundTruthInstance], task: str) -> list[GroundTruthInstance]:
-    """The annotations that a task can score: masks need an outline."""
-    return [i for i in instances if task == "bbox" or i.rle is not None]
 
 
 def by_pair(detections: Iterable[Detection]) -> dict[Pair, list[Detection]]:

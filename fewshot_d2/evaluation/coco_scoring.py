@@ -30,8 +30,7 @@ _METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
 
-# One row of a COCO results file: image_id, category_id, bbox (XYWH, pixels), score, segmentation
-# (RLE) if any.
+# A row of a COCO results file: image_id, category_id, bbox (XYWH, pixels), score, segmentation (RLE).
 Detection = dict[str, Any]
 Pair = tuple[int, int]
 
@@ -69,7 +68,7 @@ class GroundTruthInstance:
 
     @property
     def area(self) -> float:
-        """Area as annotated (in COCO of the mask), else that of the mask, else that of the box, in pixels."""
+        """Pixels, as annotated (in COCO: of the mask), else those of the mask, else of the box."""
         if self.annotated_area is not None:
             return self.annotated_area
         return self.box[2] * self.box[3] if self.rle is None else float(mask_api.area(self.rle))
@@ -79,8 +78,9 @@ class GroundTruth:
     """Annotations of a data set by (image, class); class ids are those of the data set.
 
     Attributes:
-        class_names: {class id: name}. images: {image id: dataset dict}. annotations: {annotation
-            id: instance}.
+        class_names: {class id: name}.
+        images: {image id: dataset dict}.
+        annotations: {annotation id: instance}.
     """
 
     def __init__(self, dicts: Iterable[dict[str, Any]], class_names: Mapping[int, str]):
@@ -139,8 +139,7 @@ def planned_pairs(plan: EvaluationPlan) -> set[Pair]:
     """The (image id, class id) pairs that a plan searches.
 
     Raises:
-        ValueError: the plan is empty or searches a pair twice, which COCO results cannot tell
-            apart.
+        ValueError: the plan is empty, or searches a pair twice, which results could not tell apart.
     """
     pairs: set[Pair] = set()
     for episode in plan.episodes:
@@ -166,8 +165,7 @@ class TaskScores:
         metrics: AP, AP50, ..., ARl in percent; NaN where no ground truth allows one.
         class_ids: the K classes that have ground truth, ascending.
         ap, ap50 (ndarray[K]): percent, of each of them.
-        precision50 (ndarray[K, 101]): precision in [0, 1] at IoU 0.5 for the recalls 0, 0.01, ...,
-            1.
+        precision50 (ndarray[K, 101]): in [0, 1], at IoU 0.5 and the recalls 0, 0.01, ..., 1.
     """
 
     task: str
@@ -195,30 +193,22 @@ def score_detections(
     if task not in TASKS:
         raise ValueError(f"task must be one of {TASKS}, got {task!r}")
     pairs = planned_pairs(plan)
-    instances = [
-        instance
-        for pair in sorted(pairs)
-        for instance in ground_truth.instances(*pair)
-        if task == "bbox" or instance.rle is not None
-    ]
+    instances = scorable((i for pair in sorted(pairs) for i in ground_truth.instances(*pair)), task)
     class_ids = tuple(sorted({i.class_id for i in instances if not i.is_crowd}))
     if not class_ids:
         nothing = np.zeros(0)
         return TaskScores(
             task, dict.fromkeys(_METRICS, math.nan), (), nothing, nothing, np.zeros((0, 101))
         )
-    kept = [d for d in detections if (d["image_id"], d["category_id"]) in pairs]
-    image_ids = sorted({image_id for image_id, _ in pairs})
-    records = (ground_truth.images[i] for i in image_ids)
+    records = (ground_truth.images[i] for i in sorted({image_id for image_id, _ in pairs}))
     images = [{"id": r["image_id"], "height": r["height"], "width": r["width"]} for r in records]
+    kept = [d for d in detections if (d["image_id"], d["category_id"]) in pairs]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
             _as_coco(images, class_ids, _ground_truth_rows(instances, task)),
             _as_coco(images, class_ids, _detection_rows(kept, task)),
             task,
         )
-        evaluation.params.imgIds = image_ids
-        evaluation.params.catIds = list(class_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -235,6 +225,11 @@ def score_detections(
         ap50=100 * precision[0].mean(axis=0),
         precision50=precision[0].T,
     )
+
+
+def scorable(instances: Iterable[GroundTruthInstance], task: str) -> list[GroundTruthInstance]:
+    """The annotations that a task can score: masks need an outline."""
+    return [i for i in instances if task == "bbox" or i.rle is not None]
 
 
 def has_masks(detections: Collection[Detection]) -> bool:

@@ -1,4 +1,4 @@
-"""The evaluator of a plan on detectron2's COCOEvaluator, and the scoring that baselines share with it."""
+"""The evaluator of a plan, and the scoring that baselines share with it."""
 
 import itertools
 import logging
@@ -53,9 +53,8 @@ def evaluate_detections(
             presence.
 
     Returns:
-        ``{"bbox": {"AP", "AP50", ..., "AP-<class>", "AP50-<class>"}, "segm": ...}``, in percent;
-            ``"presence"`` in
-        the open protocol; ``num_pairs`` and ``num_missing_pairs``.
+        ``{"bbox": {"AP", "AP50", ..., "AP-<class>", "AP50-<class>"}, "segm": ...}``, in percent,
+        ``"presence"`` in the open protocol, ``num_pairs`` and ``num_missing_pairs``.
     """
     planned = planned_pairs(plan)
     searched = planned if searched is None else planned & set(searched)
@@ -174,7 +173,7 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
             )
 
     def skip(self, query: Mapping[str, Any], reason: str) -> None:
-        """Log why an episode has no output; ``evaluate`` counts all that are missing, skipped here or not."""
+        """Log why an episode has no output; ``evaluate`` counts every one that is missing."""
         logger.error(
             "Episode %s (%s) is skipped: %s",
             query.get("episode_id"),

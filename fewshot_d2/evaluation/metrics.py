@@ -21,9 +21,8 @@ from .assignment import (
     order_by_score,
     pairwise_iou,
     precision_by_class,
-    scorable,
 )
-from .coco_scoring import Detection, GroundTruth, Pair, planned_pairs
+from .coco_scoring import Detection, GroundTruth, Pair, planned_pairs, scorable
 
 # Number of instances in the image, first and last (fig. 8; the paper does not print its own bins).
 INSTANCE_BINS: tuple[tuple[int, float], ...] = ((1, 1), (2, 3), (4, 7), (8, 15), (16, math.inf))

@@ -30,6 +30,7 @@ from .report_gallery import GROUPS, choose_pairs, draw_pairs
 logger = logging.getLogger(__name__)
 
 _TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
+_SHORT = {"bbox": "box", "segm": "mask"}
 _MAX_CONFUSION_CLASSES = 40
 
 
@@ -294,7 +295,7 @@ def _per_class(rows: Sequence[ReportRow]) -> str:
             ]
             for name in names
         ]
-        header = ["class", *(f"{task} {metric}" for task in tasks for metric in ("AP50", "AP"))]
+        header = ["class", *(f"{_SHORT[task]} {metric}" for task in tasks for metric in ("AP50", "AP"))]
         parts.append(html.folded(f"{row.name} ({len(names)} classes)", html.table(header, lines)))
     return html.section("Classes", *parts)
 

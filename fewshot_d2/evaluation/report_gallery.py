@@ -15,7 +15,7 @@ from ..data.dataset_mapper import read_image
 from ..data.plans import EvaluationPlan
 from ..structures import Support, SupportSet
 from ..visualization import episode_panel
-from .assignment import Assignment, by_pair, scorable
+from .assignment import Assignment, by_pair
 from .coco_scoring import Detection, GroundTruth, GroundTruthInstance, Pair
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,6 @@ def _panel(
 ) -> np.ndarray:
     """Draw one pair; crowds and the detections inside them are neither right nor wrong and not drawn."""
     size = query.shape[:2]
-    instances = scorable(instances, "bbox")
     visible = ~assignment.ignored
     hit = set(assignment.matched[assignment.hits & (assignment.scores >= threshold)].tolist())
     wanted = [i for i, instance in enumerate(instances) if not instance.is_crowd]

@@ -19,7 +19,7 @@ p { margin: .5rem 0; max-width: 75ch; }
 .note, figcaption { font-size: .88rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line);
+th, td { padding: .35rem .55rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; }
 th { background: var(--tint); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }

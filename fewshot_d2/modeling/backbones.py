@@ -4,7 +4,6 @@ Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbon
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, build_resnet_fpn_
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from ..files import dataset_path
 
 _STRIDES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 # Any size works that has a whole cell at stride 32 and is not pooled to one by accident.
@@ -76,14 +77,16 @@ def use_tf_padding(model: nn.Module) -> None:
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a local state dict exactly; an empty path leaves the random initialisation.
 
+    A relative path is below DETECTRON2_DATASETS.
+
     Raises:
         ValueError: missing file or keys that do not fit; names the file.
     """
     if not path:
         return
-    if not Path(path).is_file():
-        raise ValueError(f"backbone weights must be a local file, got {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not dataset_path(path).is_file():
+        raise ValueError(f"backbone weights must be a local file, got {dataset_path(path)}")
+    state = torch.load(dataset_path(path), map_location="cpu", weights_only=True)
     try:
         model.load_state_dict(state.get("model", state))
     except (RuntimeError, AttributeError, TypeError) as error:

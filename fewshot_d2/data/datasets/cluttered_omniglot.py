@@ -114,6 +114,7 @@ def warp_character(
 
 def _warped_until_inked(rng: np.random.Generator, ink: np.ndarray, *, scaled: bool) -> np.ndarray:
     """Bool (h, w): the drawing after a random affine that leaves some ink and fits a scene."""
+    # Thin strokes can vanish in the crop, and large glyphs need not fit.
     for _ in range(_WARP_TRIES):
         rotation, shear = rng.uniform(-1, 1, 2) * (_MAX_ROTATION, _MAX_SHEAR)
         scale = 2 ** (rng.uniform(-1, 1, 2) * _MAX_LOG2_SCALE) if scaled else (1.0, 1.0)

@@ -198,6 +198,7 @@ def _write_picture(folder: Path, index: int, picture: Picture) -> tuple[dict, li
     name = f"{index:06d}.png"
     height, width = picture.image.shape[:2]
     path = folder / name
+    # Noise compresses badly at any level, so the fastest one is best.
     encoded = cv2.imencode(".png", picture.image[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
     try:
         path.write_bytes(encoded.tobytes())

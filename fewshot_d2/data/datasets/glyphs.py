@@ -64,6 +64,7 @@ class Stroke:
         """The same stroke with every control value moved a little."""
         noise = rng.normal(0.0, amount, self.points.shape)
         if self.kind == "arc":
+            # The last row is angles, of which a few hundredths would not be seen.
             noise[2] *= 4.0
         return Stroke(self.kind, self.points + noise)
 
@@ -125,7 +126,7 @@ class ProceduralGlyphs:
     @property
     def stroke_width(self) -> float:
         """Typical stroke width in pixels of a drawing."""
-        return self.stroke * self._extent
+        return self.stroke * self.size / (1 + 2 * self.stroke)
 
     def num_drawings(self, class_index: int) -> int:
         """Number of drawings, the same for every class."""
@@ -141,10 +142,6 @@ class ProceduralGlyphs:
         shaken = [stroke.shaken(rng, self.unsteadiness) for stroke in strokes]
         width = self.stroke_width * rng.uniform(0.75, 1.3)
         return render_strokes(shaken, size=self.size, width=width)
-
-    @property
-    def _extent(self) -> float:
-        return self.size / (1 + 2 * self.stroke)
 
 
 def _check_index(what: str, index: int, count: int) -> None:

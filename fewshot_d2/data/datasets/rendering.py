@@ -52,6 +52,7 @@ def warp_glyph(ink: np.ndarray, matrix: np.ndarray, *, stroke_width: float) -> n
     )
     offset = target - matrix @ source
     opacity = cv2.warpAffine(ink, np.column_stack([matrix, offset]), (out_width, out_height))
+    # A stroke thinner than a pixel covers none of them fully.
     gain = max(1.0, _MIN_STROKE / (stroke_width * scale)) / 255
     opacity = np.minimum(opacity.astype(np.float32) * gain, 1)
     x, y, width, height = cv2.boundingRect((opacity >= 0.5).astype(np.uint8))
@@ -62,6 +63,7 @@ def contrasting_colour(
     rng: np.random.Generator, surroundings: np.ndarray, contrast: float
 ) -> np.ndarray:
     """Float32 (3,) RGB, random, at least ``contrast`` away from the mean of ``surroundings`` (..., 3), 0..255."""
+    # A fixed number of draws, so that the random stream does not depend on the background.
     colours = rng.uniform(0, 255, (24, 3)).astype(np.float32)
     distance = np.linalg.norm(colours - surroundings.reshape(-1, 3).mean(axis=0), axis=1)
     enough = distance >= contrast

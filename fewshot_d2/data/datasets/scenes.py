@@ -130,7 +130,12 @@ class ExemplarSpec:
         first, end = self.drawings
         ink = self.source.drawing(class_index, first + shot % (end - first))
         side = self.image_size * rng.uniform(*self.fill)
-        opacity = _fitted(ink, side, rng.uniform(-self.rotation, self.rotation), 0.0, self.source)
+        rotation = rng.uniform(-self.rotation, self.rotation)
+        opacity = _fitted(ink, side, rotation, 0.0, self.source)
+        while max(opacity.shape) > self.image_size:
+            # The corners of a full square stick out when it is turned.
+            side *= 0.9
+            opacity = _fitted(ink, side, rotation, 0.0, self.source)
         canvas = noisy_background(rng, self.image_size)
         y, x = (np.array([self.image_size] * 2) - opacity.shape) // 2
         _paint(rng, canvas, opacity, y, x, self.contrast)
@@ -154,6 +159,7 @@ def compose_scene(spec: SceneSpec, rng: np.random.Generator) -> Picture | None:
     canvas = noisy_background(rng, size)
     add_clutter(rng, canvas, int(rng.integers(4, 11)))
     pile = _Pile(size)
+    # Painted from the bottom to the top, so that later glyphs occlude earlier ones.
     for class_index in class_indices:
         placed = _place(spec, rng, class_index, pile)
         if placed is None:
@@ -172,6 +178,7 @@ def _draw_classes(spec: SceneSpec, rng: np.random.Generator) -> list[int]:
     counts = rng.integers(
         *spec.instances, int(rng.integers(*spec.target_classes, endpoint=True)), endpoint=True
     )
+    # Distractors are of one class each, so at least as many others surround any class.
     distractors = int(counts.sum() + rng.integers(*spec.extra_distractors, endpoint=True))
     counts = np.concatenate([counts, np.ones(distractors, int)])
     population = spec.classes[1] - spec.classes[0]
