@@ -1,11 +1,14 @@
 """Small models, supports and batches for tests."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import Image
 from torch import nn
 
 from fewshot_d2 import Support, SupportSet
@@ -13,6 +16,8 @@ from fewshot_d2.engine.setup import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs/siamese_mask_rcnn/scenes_glyphs.yaml"
+# Ids with holes; 11 is novel under "novel:b".
+CATEGORIES = {5: "a", 11: "b", 12: "c", 90: "d"}
 # Narrow layers: fast to build and to run, the same code.
 TINY_OVERRIDES = [
     *("MODEL.FPN.OUT_CHANNELS", 8, "MODEL.MATCH.CHANNELS", 12, "MODEL.RPN.CONV_DIMS", [8]),
@@ -69,3 +74,28 @@ def random_query(rng: torch.Generator, support: SupportSet, *, side: int = 64) -
         "instances": instances,
         "support": support,
     }
+
+
+def write_set(folder: Path, num_images: int = 12, seed: int = 0) -> None:
+    """Pictures of 60x40 pixels; images 0 and 1 are empty or hold a crowd only."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    for i in range(num_images):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        images.append({"id": 100 + i, "file_name": f"{i}.png", "height": 40, "width": 60})
+        for _ in range(0 if i == 0 else 4):
+            x, y = int(rng.integers(0, 30)), int(rng.integers(0, 20))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 100 + i,
+                    "category_id": int(rng.choice(list(CATEGORIES))),
+                    "bbox": [x, y, 20, 15],
+                    "segmentation": [[x, y, x + 20, y, x + 20, y + 15, x, y + 15]],
+                    "area": 300,
+                    "iscrowd": int(i == 1),
+                }
+            )
+    categories = [{"id": c, "name": name} for c, name in CATEGORIES.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))

@@ -1,14 +1,13 @@
 """Training episodes, their stream, the mapper, and the border between base and novel classes."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
-from factories import tiny_config
+from factories import CATEGORIES, tiny_config, write_set
 from PIL import Image
 
 from fewshot_d2.data import dataset_mapper
@@ -22,34 +21,7 @@ from fewshot_d2.data.loaders import (
 )
 from fewshot_d2.data.plans import make_plan
 
-# Ids with holes; 11 is novel under "novel:b".
-CATEGORIES = {5: "a", 11: "b", 12: "c", 90: "d"}
 NAME = "episodes_test_set"
-
-
-def write_set(folder, num_images=12, seed=0):
-    """Pictures of 60x40 pixels; images 0 and 1 are empty or hold a crowd only."""
-    rng = np.random.default_rng(seed)
-    images, annotations = [], []
-    for i in range(num_images):
-        Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        images.append({"id": 100 + i, "file_name": f"{i}.png", "height": 40, "width": 60})
-        for _ in range(0 if i == 0 else 4):
-            x, y = int(rng.integers(0, 30)), int(rng.integers(0, 20))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": 100 + i,
-                    "category_id": int(rng.choice(list(CATEGORIES))),
-                    "bbox": [x, y, 20, 15],
-                    "segmentation": [[x, y, x + 20, y, x + 20, y + 15, x, y + 15]],
-                    "area": 300,
-                    "iscrowd": int(i == 1),
-                }
-            )
-    categories = [{"id": c, "name": name} for c, name in CATEGORIES.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(content))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -121,13 +122,17 @@ class EpisodicTrainLoader:
             start=get_event_storage().iter * self.total_batch_size,
             batch_size=self.total_batch_size // comm.get_world_size(),
         )
-        yield from build_detection_train_loader(
+        loader = build_detection_train_loader(
             stream,
             mapper=None,
             total_batch_size=self.total_batch_size,
             aspect_ratio_grouping=False,
             num_workers=self.num_workers,
         )
+        # Opening a DataLoader draws a number, which a run that is not resumed here would not do.
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(loader)
+        yield from batches
 
 
 class EpisodicTestLoader:

@@ -43,11 +43,11 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``{"dataset/side/task": {metric: mean over runs, "metric_ci95": half width}}``, the baselines as
-        ``"dataset/side/baseline/task"``; empty off the main process.
+        ``"dataset/side/baseline/task"``; empty off the main process and without DATASETS.TEST.
     """
     start = time.perf_counter()
     rows = evaluate_plans(cfg, model)
-    if not comm.is_main_process():
+    if not rows:
         return {}
     results = summarize(rows)
     write_json(Path(cfg.OUTPUT_DIR) / "results.json", _without_nan(results), indent=1)
@@ -66,19 +66,19 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
 def evaluate_plans(cfg: CfgNode, model: nn.Module) -> list[ReportRow]:
     """Run every plan: a row for each (data set, side) and one for each baseline on it."""
     plans = evaluation_plans(cfg)
-    rows: dict[str, ReportRow] = {}
+    runs: dict[tuple[str, str], list[EvaluatedRun]] = {}
     for number, plan in enumerate(plans, start=1):
         logger.info(
             "Plan %d of %d: %s, %s, %s classes, %d shots, seed %d, run %d, SHA-256 %s",
             *(number, len(plans), plan.dataset, plan.protocol, plan.side),
             *(plan.shots, plan.seed, plan.run, plan.sha256),
         )
-        group = f"{plan.dataset}/{plan.side}"
         for baseline, run in evaluate_plan(cfg, model, plan).items():
-            name = f"{group}/{baseline}" if baseline else group
-            row = rows.setdefault(name, ReportRow(name, [], is_baseline=bool(baseline)))
-            row.runs.append(run)
-    return list(rows.values())
+            runs.setdefault((f"{plan.dataset}/{plan.side}", baseline), []).append(run)
+    return [
+        ReportRow(f"{group}/{baseline}" if baseline else group, of_row, is_baseline=bool(baseline))
+        for (group, baseline), of_row in runs.items()
+    ]
 
 
 def evaluate_plan(cfg: CfgNode, model: nn.Module, plan: EvaluationPlan) -> dict[str, EvaluatedRun]:

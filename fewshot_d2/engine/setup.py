@@ -48,10 +48,8 @@ def join_torchrun() -> None:
     """Join the process group that ``torchrun`` describes in the environment, if it does (gloo on the CPU)."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ["WORLD_SIZE"]) == 1:
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    comm.create_local_process_group(local_size)
     if torch.cuda.is_available():
-        torch.cuda.set_device(comm.get_local_rank())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

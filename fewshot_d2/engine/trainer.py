@@ -84,5 +84,5 @@ def distributed(model: nn.Module) -> nn.Module:
     """Wrap for several processes, on CUDA or (gloo) on the CPU."""
     if comm.get_world_size() == 1:
         return model
-    devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

@@ -1,4 +1,4 @@
-"""Which detection finds which instance at one IoU: COCO's greedy rule, kept per (image, class) pair.
+"""Which detection finds which instance at one IoU: COCO's greedy rule, kept pair by pair.
 
 COCOeval gives the official averages and forgets the pairs; figures, presence and the gallery need
 them. D detections of a pair, G annotations of it.
@@ -43,8 +43,8 @@ class Assignment:
     @property
     def ignored(self) -> np.ndarray:
         """ndarray[D], bool: lies in a crowd, so it is neither right nor wrong."""
-        crowd = np.append(self.is_crowd, False)
-        return crowd[self.matched]
+        # The appended entry is what index -1, no match, looks up.
+        return np.append(self.is_crowd, False)[self.matched]
 
     @property
     def num_instances(self) -> int:
@@ -80,7 +80,9 @@ def match_greedily(ious: np.ndarray, is_crowd: np.ndarray, iou_threshold: float)
     matched = np.full(len(ious), -1)
     free = ~is_crowd
     enough = ious >= min(iou_threshold, 1 - 1e-10)
+    # Most detections overlap nothing enough; only the others need a Python step.
     for detection in np.flatnonzero(enough.any(axis=1)):
+        # A crowd is the last resort, however large its overlap.
         for candidates in (enough[detection] & free, enough[detection] & is_crowd):
             if candidates.any():
                 # Of equal overlaps the last one, as COCOeval has it.
@@ -100,7 +102,7 @@ def order_by_score(detections: Sequence[Detection]) -> np.ndarray:
 def pairwise_iou(
     detections: Sequence[Detection], instances: Sequence[GroundTruthInstance], task: str
 ) -> np.ndarray:
-    """IoU of boxes or masks, ndarray[D, G]; with a crowd it is the share of the detection inside."""
+    """IoU of boxes or masks, ndarray[D, G]; of a crowd the share of the detection inside it."""
     if not detections or not instances:
         return np.zeros((len(detections), len(instances)))
     is_crowd = [int(i.is_crowd) for i in instances]
@@ -164,13 +166,15 @@ def interpolated_precision(
     order = order[~ignored[order]]
     right = np.cumsum(hits[order])
     precision = right / np.arange(1, len(order) + 1)
+    # Precision at a recall is the best one at that recall or a higher one.
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     reached = np.searchsorted(right / num_instances, _RECALLS, side="left")
+    # A recall that is never reached looks up the appended zero.
     return np.append(envelope, 0.0)[reached]
 
 
 def precision_by_class(assignments: Mapping[Pair, Assignment]) -> dict[int, np.ndarray]:
-    """Interpolated precision, ndarray[101], of each class that has an instance, over all its images."""
+    """Interpolated precision, ndarray[101], over all images of each class that has an instance."""
     groups: dict[int, list[Assignment]] = defaultdict(list)
     for (_, class_id), assignment in assignments.items():
         groups[class_id].append(assignment)
@@ -187,12 +191,14 @@ def precision_by_class(assignments: Mapping[Pair, Assignment]) -> dict[int, np.n
 
 
 def best_threshold(assignments: Mapping[Pair, Assignment]) -> float:
-    """The score from which on detections give the best F1 over all pairs; 0.5 where nothing is right."""
+    """The least score of the detections that together have the best F1; 0.5 if none is right."""
     scores = np.concatenate([a.scores[~a.ignored] for a in assignments.values()])
     hits = np.concatenate([a.hits[~a.ignored] for a in assignments.values()])
     if not hits.any():
         return 0.5
     order = np.argsort(-scores, kind="stable")
     num_instances = sum(a.num_instances for a in assignments.values())
+    # 2 right / (2 right + wrong + missed), where right + wrong = shown and right + missed = all
+    # instances.
     f1 = 2 * np.cumsum(hits[order]) / (np.arange(1, len(order) + 1) + num_instances)
     return float(scores[order][f1.argmax()])

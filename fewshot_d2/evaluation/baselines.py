@@ -1,4 +1,4 @@
-"""Random baselines (arXiv 1811.11507, section 5.3) as COCO result rows, to be scored like a model's.
+"""Random baselines (arXiv 1811.11507, 5.3) as COCO result rows, to be scored like a model's.
 
 ``gt_shift`` is the paper's; ``detection_shift`` is what the original code does instead.
 """
@@ -38,7 +38,7 @@ def detection_shift(
     plan: EvaluationPlan,
     rng: np.random.Generator,
 ) -> list[Detection]:
-    """A model's detections with each box moved inside its image and the scores of a pair exchanged at random.
+    """A model's detections, each box at a random place and the scores of a pair exchanged.
 
     Masks stay where they were predicted, as in the original code; ``detections`` are not changed.
     """
@@ -49,6 +49,7 @@ def detection_shift(
         record = ground_truth.images[pair[0]]
         for detection, source in zip(found, rng.permutation(len(found)), strict=True):
             x, y, width, height = detection["bbox"]
+            # A box that is larger than its image, by rounding, stays at its edge.
             x = rng.uniform(0, max(record["width"] - width, 0))
             y = rng.uniform(0, max(record["height"] - height, 0))
             score = found[source]["score"]
@@ -85,6 +86,7 @@ def _uniform_shift(start: float, end: float, size: int, rng: np.random.Generator
 
 
 def _shifted_mask(rle: dict, dx: int, dy: int) -> dict:
+    # The shift keeps the mask inside the image, so that nothing is rolled over the edge.
     mask = np.roll(mask_api.decode(rle), (dy, dx), axis=(0, 1))
     moved = mask_api.encode(np.asfortranarray(mask))
     return {"size": moved["size"], "counts": moved["counts"].decode("ascii")}

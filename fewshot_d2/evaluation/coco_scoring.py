@@ -30,7 +30,8 @@ _METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
 
-# A row of a COCO results file: image_id, category_id, bbox (XYWH, pixels), score, segmentation (RLE).
+# A row of a COCO results file: image_id, category_id, bbox (XYWH, pixels), score, segmentation
+# (RLE).
 Detection = dict[str, Any]
 Pair = tuple[int, int]
 
@@ -112,6 +113,8 @@ class GroundTruth:
                 )
                 self.annotations[instance.annotation_id] = instance
                 self._by_pair[image_id, instance.class_id].append(instance)
+                # Counted for all classes, also those that a plan does not search: clutter is what
+                # the eye sees.
                 self._num_instances[image_id] += not instance.is_crowd
 
     @classmethod
@@ -194,6 +197,7 @@ def score_detections(
         raise ValueError(f"task must be one of {TASKS}, got {task!r}")
     pairs = planned_pairs(plan)
     instances = scorable((i for pair in sorted(pairs) for i in ground_truth.instances(*pair)), task)
+    # A class without anything to be found has no average precision; it is left out of the means.
     class_ids = tuple(sorted({i.class_id for i in instances if not i.is_crowd}))
     if not class_ids:
         nothing = np.zeros(0)
@@ -203,6 +207,8 @@ def score_detections(
     records = (ground_truth.images[i] for i in sorted({image_id for image_id, _ in pairs}))
     images = [{"id": r["image_id"], "height": r["height"], "width": r["width"]} for r in records]
     kept = [d for d in detections if (d["image_id"], d["category_id"]) in pairs]
+    # pycocotools prints its progress. Without parameters set, it takes all images and classes that
+    # it is given.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
             _as_coco(images, class_ids, _ground_truth_rows(instances, task)),
@@ -248,6 +254,7 @@ def has_masks(detections: Collection[Detection]) -> bool:
 
 
 def _as_coco(images: list[dict], class_ids: Iterable[int], annotations: list[dict]) -> COCO:
+    # Not by COCO.loadRes: it fails on an empty list and takes the size of a mask from its box.
     coco = COCO()
     coco.dataset = {
         "images": images,

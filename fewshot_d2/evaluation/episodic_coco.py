@@ -67,6 +67,7 @@ def evaluate_detections(
         for class_id, ap, ap50 in zip(scores.class_ids, scores.ap, scores.ap50, strict=True):
             name = ground_truth.class_names[class_id]
             results[task] |= {f"AP-{name}": float(ap), f"AP50-{name}": float(ap50)}
+    # In the present protocol every class is there, so presence has nothing to tell apart.
     if plan.protocol == "open":
         assignments = assign_pairs(ground_truth, detections, plan)
         assignments = {pair: a for pair, a in assignments.items() if pair in searched}
@@ -107,7 +108,10 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
             ValueError: the plan is empty, of another data set, or names an image or a class that is
                 not there.
         """
+        # First, because reading a generated data set writes the json that the parent opens.
         self._ground_truth = _checked_ground_truth(dataset_name, plan)
+        # The unofficial fast evaluation is not in every build of detectron2, and its numbers differ
+        # a little.
         super().__init__(
             dataset_name,
             tasks=tuple(tasks),
@@ -155,6 +159,7 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
                 self.skip(query, "the model returned no instances")
                 continue
             instances = instances.to("cpu")
+            # A NaN would be sorted anywhere among the scores and cannot be written as JSON.
             values = (instances.pred_boxes.tensor, instances.scores)
             if not all(torch.isfinite(v).all() for v in values):
                 self.skip(query, "boxes or scores are not finite")
@@ -162,8 +167,8 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
             local = instances.pred_classes
             if len(local) and not 0 <= int(local.min()) <= int(local.max()) < len(class_ids):
                 raise ValueError(
-                    f"pred_classes of episode {query['episode_id']} must be in 0..{len(class_ids) - 1}, "
-                    f"got {sorted(set(local.tolist()))}"
+                    f"pred_classes of episode {query['episode_id']} must be in "
+                    f"0..{len(class_ids) - 1}, got {sorted(set(local.tolist()))}"
                 )
             rows = instances_to_coco_json(instances, query["image_id"])
             for row in rows:
@@ -193,6 +198,8 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
             predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
             if not comm.is_main_process():
                 return {}
+        # Order of the plan, not of the processes: equal scores are ranked the same on any number of
+        # them.
         by_episode = {p["episode_id"]: p for p in predictions}
         if len(by_episode) < len(predictions):
             raise ValueError(
@@ -226,8 +233,8 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
             or not set(class_ids) <= set(episode.class_ids)
         ):
             raise ValueError(
-                f"episode {query['episode_id']} (image {query['image_id']}, classes {class_ids}) must be one of "
-                f"the evaluation plan, got {_described(episode)} there"
+                f"episode {query['episode_id']} (image {query['image_id']}, classes {class_ids}) "
+                f"must be one of the evaluation plan, got {_described(episode)} there"
             )
         return class_ids
 
@@ -241,7 +248,7 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
     def _log(self, results: Mapping[str, Any]) -> None:
         plan = self._plan
         logger.info(
-            "Evaluated %s, %s classes, %s protocol, run %d, plan %s: %d episodes, %d of them missing",
+            "Evaluated %s, %s classes, %s protocol, run %d, plan %s: %d episodes, %d missing",
             *(plan.dataset, plan.side, plan.protocol, plan.run, plan.sha256),
             *(results["num_episodes"], results["num_missing"]),
         )
@@ -268,7 +275,8 @@ def _checked_ground_truth(dataset_name: str, plan: EvaluationPlan) -> GroundTrut
         unknown = [c for c in episode.class_ids if c not in ground_truth.class_names]
         if episode.image_id not in ground_truth.images or unknown:
             raise ValueError(
-                f"episode {episode.id} must name an image and classes of data set {dataset_name}, got image "
-                f"{episode.image_id} and {f'unknown classes {unknown}' if unknown else 'no such image'}"
+                f"episode {episode.id} must name an image and classes of data set {dataset_name}, "
+                f"got image {episode.image_id} "
+                f"{f'with unknown classes {unknown}' if unknown else 'that is not there'}"
             )
     return ground_truth

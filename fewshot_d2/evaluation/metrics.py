@@ -1,4 +1,4 @@
-"""Numbers beside average precision: presence, false alarms, intervals over runs, clutter and confusion.
+"""Numbers beside average precision: presence, intervals over runs, clutter and confusion.
 
 Pure functions; percentages are 0 to 100. Figure numbers are those of Siamese Mask R-CNN (arXiv
 1811.11507).
@@ -43,6 +43,7 @@ def auroc(scores: Sequence[float] | np.ndarray, present: Sequence[bool] | np.nda
     if not num_present or not num_absent:
         return math.nan
     _, inverse, counts = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
+    # Equal scores share the mean of their ranks, so a tie counts half.
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     u = ranks[present].sum() - num_present * (num_present + 1) / 2
     return float(u / (num_present * num_absent))
@@ -51,7 +52,7 @@ def auroc(scores: Sequence[float] | np.ndarray, present: Sequence[bool] | np.nda
 def false_positives_per_image(
     assignments: Mapping[Pair, Assignment], threshold: float = 0.5
 ) -> float:
-    """Wrong detections that score at least ``threshold``, of all classes searched, by image; NaN without images."""
+    """Wrong detections of any class that score at least ``threshold``, by image."""
     images = {image_id for image_id, _ in assignments}
     wrong = sum(assignment.counts(threshold)[1] for assignment in assignments.values())
     return wrong / len(images) if images else math.nan
@@ -76,6 +77,7 @@ def presence_metrics(
     scores: dict[bool, list[float]] = {True: [], False: []}
     for pair, assignment in assignments.items():
         present = ground_truth.is_present(*pair)
+        # Only a crowd of the class is there: neither answer would be wrong.
         if present is not None:
             scores[present].append(float(assignment.scores.max(initial=0.0)))
     labels = [True] * len(scores[True]) + [False] * len(scores[False])
@@ -101,7 +103,8 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return "-"
-        return f"{self.mean:.1f}" + ("" if self.half_width is None else f" ± {self.half_width:.1f}")
+        spread = "" if self.half_width is None else f" ± {self.half_width:.1f}"
+        return f"{self.mean:.1f}{spread}"
 
 
 def confidence_interval(values: Iterable[float]) -> Interval:
@@ -120,7 +123,7 @@ def confidence_interval(values: Iterable[float]) -> Interval:
 
 
 def summarize_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Result dicts of several plans -> a dict of the same form with an ``Interval`` in each number's place."""
+    """Result dicts of several plans -> one of the same form, an ``Interval`` for each number."""
     if not runs:
         raise ValueError("runs to be summarized must be at least one, got none")
     summary: dict[str, Any] = {}
@@ -156,12 +159,15 @@ def ap50_by_instances(
         images = {i for i, _ in assignments if first <= ground_truth.num_instances(i) <= last}
         inside = {pair: a for pair, a in assignments.items() if pair[0] in images}
         precision = list(precision_by_class(inside).values())
-        label = (
-            f"≥ {first}" if last == math.inf else f"{first}–{last}" if last > first else f"{first}"
-        )
         ap50 = 100 * float(np.mean(precision)) if precision else math.nan
-        rows.append(InstanceBin(label, len(images), ap50))
+        rows.append(InstanceBin(_bin_label(first, last), len(images), ap50))
     return rows
+
+
+def _bin_label(first: int, last: float) -> str:
+    if first == last:
+        return f"{first}"
+    return f"≥ {first}" if last == math.inf else f"{first}–{last}"
 
 
 def confusion_matrix(
@@ -208,38 +214,37 @@ def _confusion_row(
     task: str,
 ) -> list[float]:
     """AP50 in [0, 1] of one set of detections scored as each class in turn."""
-    scores: list[np.ndarray] = []
-    # Of each class only the images that have it: everywhere else each detection is simply wrong.
-    outcomes: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = defaultdict(list)
-    num_instances: dict[int, int] = defaultdict(int)
+    scores: list[np.ndarray] = [np.zeros(0)]
+    # Of each class only the images that have it, with the position of their detections: K classes
+    # share one list of scores, and on all other images every detection is simply wrong.
+    outcomes: dict[int, list[tuple[int, Assignment]]] = defaultdict(list)
     start = 0
     for image_id in images:
         detections = found.get(image_id, [])
-        ranked = [detections[i] for i in order_by_score(detections)]
-        instances = [
-            instance
-            for class_id in class_ids
-            for instance in scorable(ground_truth.instances(image_id, class_id), task)
-        ]
-        ious = pairwise_iou(ranked, instances, task)
-        columns = defaultdict(list)
-        for column, instance in enumerate(instances):
-            columns[instance.class_id].append(column)
-        for class_id, of_class in columns.items():
-            is_crowd = np.array([instances[c].is_crowd for c in of_class])
-            matched = match_greedily(ious[:, of_class], is_crowd, 0.5)
-            in_crowd = np.append(is_crowd, False)[matched]
-            outcomes[class_id].append((start, (matched >= 0) & ~in_crowd, in_crowd))
-            num_instances[class_id] += int((~is_crowd).sum())
+        order = order_by_score(detections)
+        ranked = [detections[i] for i in order]
         scores.append(np.array([d["score"] for d in ranked], dtype=float))
+        instances = [i for c in class_ids for i in ground_truth.instances(image_id, c)]
+        instances = scorable(instances, task)
+        # One call for all classes; each then matches in its own columns.
+        ious = pairwise_iou(ranked, instances, task)
+        owner = np.array([i.class_id for i in instances])
+        is_crowd = np.array([i.is_crowd for i in instances], dtype=bool)
+        for class_id in np.unique(owner):
+            own = owner == class_id
+            matched = match_greedily(ious[:, own], is_crowd[own], 0.5)
+            outcome = Assignment(order, scores[-1], matched, is_crowd[own])
+            outcomes[int(class_id)].append((start, outcome))
         start += len(ranked)
-    pooled = np.concatenate(scores) if scores else np.zeros(0)
-    row = []
-    for class_id in class_ids:
-        hits, ignored = np.zeros((2, start), dtype=bool)
-        for first, found_here, ignored_here in outcomes[class_id]:
-            hits[first : first + len(found_here)] = found_here
-            ignored[first : first + len(ignored_here)] = ignored_here
-        precision = interpolated_precision(pooled, hits, ignored, num_instances[class_id])
-        row.append(float(precision.mean()))
-    return row
+    pooled = np.concatenate(scores)
+    return [_pooled_ap50(pooled, outcomes[class_id]) for class_id in class_ids]
+
+
+def _pooled_ap50(scores: np.ndarray, outcomes: Sequence[tuple[int, Assignment]]) -> float:
+    """AP50 in [0, 1] of all scores, wrong unless an outcome (given with its position) says else."""
+    hits, ignored = np.zeros((2, len(scores)), dtype=bool)
+    for start, outcome in outcomes:
+        place = slice(start, start + len(outcome.scores))
+        hits[place], ignored[place] = outcome.hits, outcome.ignored
+    num_instances = sum(outcome.num_instances for _, outcome in outcomes)
+    return float(interpolated_precision(scores, hits, ignored, num_instances).mean())

@@ -1,7 +1,8 @@
-"""Pictures for the report: the best, the median and the worst (query, class) pairs of a run, drawn."""
+"""Pictures for the report: the best, median and worst (query, class) pairs of a run."""
 
 import io
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,39 +35,40 @@ class GalleryPicture:
 def choose_pairs(
     assignments: Mapping[Pair, Assignment], threshold: float, number: int
 ) -> dict[str, list[Pair]]:
-    """The best, median and worst pairs by F1 at a score threshold.
+    """The best, median and worst pairs by F1 at a score threshold; no image comes twice.
 
-    Pairs without instances and without a detection above the threshold are passed over. No image
-    comes twice; other classes are preferred within a group. Of equal F1, the best are those with
-    more instances and the worst those with more errors.
+    Pairs without instances and without a detection above the threshold are passed over. Of equal
+    F1, classes take turns, the best are those with more instances and the worst those with more
+    errors.
     """
     shown = {p: a for p, a in assignments.items() if a.num_instances or a.counts(threshold)[1]}
-    errors = {p: sum(a.counts(threshold)[1:]) for p, a in shown.items()}
     f1 = {p: a.f1(threshold) for p, a in shown.items()}
-    ranked = sorted(shown, key=lambda p: (-f1[p], errors[p], -shown[p].num_instances, p))
-    middle = len(ranked) // 2
-    from_middle = sorted(ranked, key=lambda p: abs(ranked.index(p) - middle)) if ranked else []
+    errors = {p: sum(a.counts(threshold)[1:]) for p, a in shown.items()}
+    best = _ranking({p: (-f1[p], -a.num_instances) for p, a in shown.items()})
+    worst = _ranking({p: (f1[p], -errors[p]) for p in shown})
+    middle = len(best) // 2
+    median = [best[i] for i in sorted(range(len(best)), key=lambda i: abs(i - middle))]
     groups: dict[str, list[Pair]] = {}
     used: set[int] = set()
-    for name, order in zip(GROUPS, (ranked, from_middle, ranked[::-1]), strict=True):
-        groups[name] = _take(order, number, used)
+    for name, order in zip(GROUPS, (best, median, worst), strict=True):
+        groups[name] = []
+        for pair in order:
+            if len(groups[name]) < number and pair[0] not in used:
+                groups[name].append(pair)
+                used.add(pair[0])
     return groups
 
 
-def _take(order: Sequence[Pair], number: int, used_images: set[int]) -> list[Pair]:
-    """The first pairs of unused images, in a first round one a class; adds their images to ``used_images``."""
-    taken: list[Pair] = []
-    for new_classes_only in (True, False):
-        for pair in order:
-            if len(taken) == number:
-                break
-            if pair[0] in used_images or (
-                new_classes_only and pair[1] in {class_id for _, class_id in taken}
-            ):
-                continue
-            taken.append(pair)
-            used_images.add(pair[0])
-    return sorted(taken, key=order.index)
+def _ranking(keys: Mapping[Pair, tuple[float, float]]) -> list[Pair]:
+    """Pairs by their keys, but classes take turns among pairs whose first key is equal."""
+    ordered = sorted(keys, key=lambda pair: (keys[pair], pair))
+    turns: Counter[tuple[float, int]] = Counter()
+    turn = {}
+    for pair in ordered:
+        kind = (keys[pair][0], pair[1])
+        turn[pair] = turns[kind]
+        turns[kind] += 1
+    return sorted(ordered, key=lambda pair: (keys[pair][0], turn[pair]))
 
 
 def draw_pairs(
@@ -79,7 +81,7 @@ def draw_pairs(
     *,
     threshold: float,
 ) -> list[GalleryPicture]:
-    """Draw (query, class) pairs with the supports of the plan; unreadable images are logged and left out."""
+    """Draw pairs with the supports of the plan; unreadable images are logged and left out."""
     groups = by_pair(detections)
     supports = {
         (episode.image_id, class_id): annotation_ids
@@ -122,9 +124,10 @@ def _panel(
     assignment: Assignment,
     threshold: float,
 ) -> np.ndarray:
-    """Draw one pair; crowds and the detections inside them are neither right nor wrong and not drawn."""
+    """Draw one pair; crowds, and detections that lie in one, are left out."""
     size = query.shape[:2]
     visible = ~assignment.ignored
+    # An instance counts as found only by a detection that is drawn.
     hit = set(assignment.matched[assignment.hits & (assignment.scores >= threshold)].tolist())
     wanted = [i for i, instance in enumerate(instances) if not instance.is_crowd]
     truth = Instances(

@@ -1,4 +1,4 @@
-"""Building blocks of the HTML report: escaped text, tables, embedded pictures. No scripts, no links."""
+"""Building blocks of the HTML report: text is escaped, pictures are embedded, nothing is linked."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """FPN backbones by config: detectron2 ResNets, any torchvision classifier, any timm ``features_only`` model.
 
-Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbone`` gives them.
+Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbone`` gives them, or fewer by key.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, build_resnet_fpn_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -179,15 +179,19 @@ def _last_node_per_stride(model: nn.Module, tracer: dict) -> dict[int, tuple[str
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """detectron2's FPN on any bottom-up, with the max-pooled p6."""
-    return FPN(
+    """detectron2's FPN on the maps FPN.IN_FEATURES of any bottom-up, with one more level max-pooled from the last."""
+    in_features = cfg.MODEL.FPN.IN_FEATURES
+    top_block = LastLevelMaxPool()
+    top_block.in_feature = f"p{bottom_up.output_shape()[in_features[-1]].stride.bit_length() - 1}"
+    fpn = FPN(
         bottom_up=bottom_up,
-        in_features=list(_STRIDES.values()),
+        in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    return add_fpn_relu(fpn) if cfg.MODEL.FPN.RELU else fpn
 
 
 def add_fpn_relu(fpn: FPN) -> FPN:
@@ -197,14 +201,10 @@ def add_fpn_relu(fpn: FPN) -> FPN:
     return fpn
 
 
-def _finish(cfg: CfgNode, fpn: FPN) -> FPN:
-    return add_fpn_relu(fpn) if cfg.MODEL.FPN.RELU else fpn
-
-
 @BACKBONE_REGISTRY.register()
 def build_fewshot_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """detectron2's ResNet-FPN of any depth, with MODEL.FPN.RELU."""
-    return _finish(cfg, build_resnet_fpn_backbone(cfg, input_shape))
+    """FPN on detectron2's ResNet of any depth."""
+    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
@@ -214,13 +214,11 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     bottom_up = torchvision_features(
         node.NAME, weights=node.WEIGHTS, norm=node.NORM, tf_padding=node.TF_PADDING
     )
-    return _finish(cfg, build_fpn(cfg, bottom_up))
+    return build_fpn(cfg, bottom_up)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN on MODEL.TIMM."""
     node = cfg.MODEL.TIMM
-    return _finish(
-        cfg, build_fpn(cfg, timm_features(node.NAME, weights=node.WEIGHTS, norm=node.NORM))
-    )
+    return build_fpn(cfg, timm_features(node.NAME, weights=node.WEIGHTS, norm=node.NORM))

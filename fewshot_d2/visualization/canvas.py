@@ -1,4 +1,4 @@
-"""Drawing primitives on a PIL image: enlarge, outline masks and boxes, place labels where they hide least.
+"""Drawing primitives on a PIL image: enlarge it, outline masks and boxes, place labels.
 
 Coordinates are pixels of the enlarged image, XYXY. Colours are Okabe and Ito's, which colour-blind
 readers can tell apart.
@@ -34,7 +34,7 @@ _DASH, _DASH_PERIOD = 7.0, 12.0
 
 @dataclass(frozen=True)
 class Mark:
-    """One instance: XYXY box, bool mask (H, W) of the canvas or None, colour and text ("" = none)."""
+    """One instance: XYXY box, bool mask (H, W) of the canvas or None, colour and text."""
 
     box: tuple[float, float, float, float]
     mask: np.ndarray | None
@@ -97,6 +97,7 @@ def _with_mask(canvas: Image.Image, mark: Mark) -> Image.Image:
     pixels = np.array(canvas)
     color = np.array(mark.color)
     pixels[mark.mask] = (1 - _MASK_ALPHA) * pixels[mark.mask] + _MASK_ALPHA * color
+    # The outline lies outside the mask: thin strokes would otherwise disappear below it.
     picture = Image.fromarray(mark.mask.astype(np.uint8) * 255)
     inner, outer = (np.asarray(picture.filter(ImageFilter.MaxFilter(k))) > 0 for k in (5, 7))
     pixels[outer & ~inner] = DARK
@@ -149,6 +150,7 @@ def _label_place(
     for x, y in corners:
         x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)
         places.append((x, y, x + width, y + height))
+    # In a crowd of instances some scores stay unwritten; a label on a label tells neither.
     free = [p for p in places if not any(overlap(p, other) for other in labels)]
     return min(free, key=lambda p: sum(overlap(p, box) for box in boxes), default=None)
 

@@ -18,6 +18,7 @@ RIGHT, WRONG, TRUTH = CLASS_COLORS[0], CLASS_COLORS[5], CLASS_COLORS[3]
 _GAP = 10
 # Side of a support's thumbnail, relative to the shorter side of the query.
 _THUMBNAIL = 0.27
+_MIN_THUMBNAIL, _FRAME = 48, 8
 
 
 def draw_instances(
@@ -158,6 +159,7 @@ def _marks(
     for i, box in enumerate(_boxes(instances) * scale):
         mask = None
         if masks is not None and masks[i].any():
+            # Bilinear and cut at one half, so that an enlarged mask has no stairs.
             picture = Image.fromarray(masks[i].astype(np.uint8) * 255)
             mask = np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) > 127
         marks.append(Mark(tuple(box), mask, colors[i], labels[i], bool(dashed and dashed[i])))
@@ -167,16 +169,17 @@ def _marks(
 def _paste_supports(
     canvas: Image.Image, support: SupportSet, boxes: Sequence[np.ndarray] | np.ndarray
 ) -> None:
-    """Put the supports into the corner where they hide least of ``boxes``; what does not fit is left out."""
-    shots = support.positives()
-    side = round(_THUMBNAIL * min(canvas.size))
-    colors = CLASS_COLORS if len(shots) > 1 else (PAPER,)
-    frames = [
-        _thumbnail(shot, side, colors[k % len(colors)])
-        for k, of_class in enumerate(shots)
-        for shot in (of_class[:1] if len(shots) > 1 else of_class)
-    ]
-    frames = frames[: max(canvas.width // (side + 8), 1)]
+    """Put as many supports as fit into the corner where they hide least of ``boxes``."""
+    classes = support.positives()
+    # Several classes show one shot each, in the colour of their instances; one class shows all its
+    # shots.
+    several = len(classes) > 1
+    shots = [of_class[0] for of_class in classes] if several else classes[0]
+    colors = CLASS_COLORS if several else (PAPER,)
+    side = min(round(_THUMBNAIL * min(canvas.size)), canvas.width // len(shots) - _FRAME)
+    side = max(side, _MIN_THUMBNAIL)
+    shots = shots[: max(canvas.width // (side + _FRAME), 1)]
+    frames = [_thumbnail(shot, side, colors[k % len(colors)]) for k, shot in enumerate(shots)]
     size = sum(f.width for f in frames), max(f.height for f in frames)
     corners = [(x, y) for y in (0, canvas.height - size[1]) for x in (0, canvas.width - size[0])]
     hidden = [sum(overlap((x, y, x + size[0], y + size[1]), b) for b in boxes) for x, y in corners]
@@ -194,9 +197,9 @@ def _thumbnail(shot: Support, side: int, color: Color) -> Image.Image:
     crop = Image.fromarray(np.ascontiguousarray(pixels))
     ratio = side / max(crop.size)
     crop = crop.resize([max(round(s * ratio), 1) for s in crop.size], Image.Resampling.BICUBIC)
-    frame = Image.new("RGB", (crop.width + 8, crop.height + 8), DARK)
+    frame = Image.new("RGB", (crop.width + _FRAME, crop.height + _FRAME), DARK)
     ImageDraw.Draw(frame).rectangle((1, 1, frame.width - 2, frame.height - 2), fill=color)
-    frame.paste(crop, (4, 4))
+    frame.paste(crop, (_FRAME // 2, _FRAME // 2))
     return frame
 
 

@@ -77,6 +77,8 @@ def plot_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str = 
         axes.set_title(title, fontsize=11)
     if num_classes <= 12:
         _write_cells(axes, matrix, size)
+    # What the paper draws below its matrix: how often a class is found where another was looked
+    # for.
     false = np.where(np.eye(num_classes, dtype=bool), 0.0, np.nan_to_num(matrix)).sum(axis=0)
     sums.bar(range(num_classes), false, color=_LINES[1])
     sums.set(xlabel="scored as", ylabel="sum off the\ndiagonal")

@@ -1,0 +1,74 @@
+"""tools/make_episodes.py on a json of one's own."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from fewshot_d2.data.plans import EvaluationPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_tool(*arguments):
+    spec = importlib.util.spec_from_file_location("make_episodes", ROOT / "tools/make_episodes.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def own_json(tmp_path, monkeypatch):
+    """A small json below DETECTRON2_DATASETS and the arguments that name it."""
+    name = "test_plans_own"
+    rng = np.random.default_rng(0)
+    annotations = [
+        {"id": i, "image_id": i % 9, "category_id": int(rng.choice([5, 8])), "bbox": [0, 0, 4, 4]}
+        for i in range(30)
+    ]
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 9, "width": 9} for i in range(9)]
+    categories = [{"id": 5, "name": "cup"}, {"id": 8, "name": "fork"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    yield ["--dataset", name, "--json", "own.json", "--images", "photos"]
+    DatasetCatalog.pop(name, None)
+    MetadataCatalog.pop(name, None)
+
+
+def test_tool_writes_and_names_one_plan_a_run(own_json, tmp_path, capsys):
+    output = tmp_path / "plans"
+    run_tool(*own_json, "--split", "novel:fork", "--runs", 3, "--max-images", 4, "--output", output)
+    lines = capsys.readouterr().out.splitlines()
+    plans = [EvaluationPlan.load(line.split("  ")[0]) for line in lines]
+    assert [plan.run for plan in plans] == [0, 1, 2]
+    assert {plan.class_ids for plan in plans} == {(8,)}
+    for line, plan in zip(lines, plans, strict=True):
+        assert f"sha256 {plan.sha256}" in line
+        assert line.endswith(f"{len(plan.episodes)} episodes, {plan.num_pairs} pairs")
+    assert len(list(output.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--split", "novel:frok"], "make_episodes: split .* got 'frok' .*fork"),
+        (["--split", "all"], "make_episodes: plan must have at least one episode"),
+        (["--support-dataset", "nobody"], "data set must be registered, got 'nobody'"),
+        (["--json", "none.json"], "annotation file must exist, got .*none.json"),
+    ],
+)
+def test_tool_ends_with_one_line_on_bad_input(own_json, tmp_path, arguments, words):
+    with pytest.raises(SystemExit, match=words):
+        run_tool(*own_json, "--output", tmp_path / "plans", *arguments)
+    assert not (tmp_path / "plans").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--json", "x"], ["--runs", "0"], ["--side", "old"]])
+def test_tool_refuses_bad_options(tmp_path, arguments, capsys):
+    with pytest.raises(SystemExit):
+        run_tool("--dataset", "x", "--output", tmp_path, *arguments)
+    assert arguments[0] in capsys.readouterr().err
