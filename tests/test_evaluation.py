@@ -217,9 +217,8 @@ def test_masks_that_are_not_there():
     dicts = random_dicts(np.random.default_rng(4), masks=False, crowd=0.0)
     plan = plan_of(dicts)
     boxes_only = perfect_detections(dicts, masks=False)
-    assert set(evaluate_detections(truth_of(dicts), boxes_only, plan)) == {
-        *("bbox", "num_pairs", "num_missing_pairs")
-    }
+    results = evaluate_detections(truth_of(dicts), boxes_only, plan)
+    assert "bbox" in results and "segm" not in results
     with_masks = evaluate_detections(truth_of(dicts), perfect_detections(dicts), plan)
     assert math.isnan(with_masks["segm"]["AP"])
     with pytest.raises(ValueError, match="image 1"):

@@ -46,12 +46,26 @@ def test_pyramid_matching_equals_the_written_out_formula(rng):
     }
     vectors = {level: torch.randn(3, 4, generator=rng) for level in pyramid}
     pairs = Pairs(query=[0, 1, 1, 0], episode_class=[0, 0, 1, 1], support=[0, 1, 2, 2])
-    matched = matching(pyramid, matching.query_half(pyramid), vectors, pairs)
+    matched, _ = matching(matching.share(pyramid), vectors, pairs)
     for level, conv in matching.reduce.items():
         expected = matched_features(
             pyramid[level][pairs.query], vectors[level][pairs.support], conv.weight, conv.bias
         )
         assert_close(matched[level], expected)
+
+
+def test_split_rpn_convolution_equals_the_plain_one(rng):
+    """conv(W1 P + b + W2 D) in two parts, borders included."""
+    matching = PyramidMatching(levels=["p2"], in_channels=4, out_channels=5)
+    torch.nn.init.normal_(matching.reduce["p2"].bias)
+    conv = torch.nn.Conv2d(5, 7, 3, padding=1)
+    pyramid = {"p2": torch.randn(2, 4, 6, 5, generator=rng)}
+    vectors = {"p2": torch.randn(3, 4, generator=rng)}
+    pairs = Pairs(query=[1, 0, 1], episode_class=[0, 0, 1], support=[2, 0, 1])
+    matched, for_rpn = matching(matching.share(pyramid, conv), vectors, pairs)
+    assert for_rpn["p2"].shape[-2:] == (6, 5)
+    hidden = for_rpn["p2"].hidden(torch.relu)
+    assert_close(hidden, torch.relu(conv(matched["p2"])), atol=1e-5, rtol=1e-4)
 
 
 def test_absolute_difference_is_zero_where_query_equals_support():

@@ -39,6 +39,7 @@ from fewshot_d2.visualization import (
     episode_panel,
     plot_confusion,
     plot_precision_recall,
+    query_panel,
 )
 from fewshot_d2.visualization.canvas import CLASS_COLORS, overlap
 from fewshot_d2.visualization.pictures import RIGHT, TRUTH, WRONG
@@ -72,7 +73,6 @@ def rows_of(name, dicts, protocol="open", masks=True):
         shifted = gt_shift(truth, plan, np.random.default_rng(run))
         for runs, detections in ((novel, found), (baseline, shifted)):
             results = evaluate_detections(truth, detections, plan)
-            results |= {"num_episodes": len(plan.episodes), "num_missing": run}
             runs.append(EvaluatedRun(plan, results, detections))
     return [ReportRow("novel <classes>", novel), ReportRow("shifted", baseline, is_baseline=True)]
 
@@ -295,6 +295,26 @@ def test_panel_of_several_classes_without_truth_or_detections():
     polygons.gt_masks = PolygonMasks([[np.array([5.0, 5, 30, 5, 30, 30, 5, 30])]])
     as_mask = instances_of([[5, 5, 30, 30]], masks=True)
     assert (draw_instances(image, polygons) == draw_instances(image, as_mask)).all()
+
+
+def test_query_panel_scales_detections_to_the_resized_query():
+    shot = Support(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    query = {
+        "image": torch.zeros(3, 400, 800, dtype=torch.uint8),
+        "support": SupportSet([1, 2], ["a", "b"], [[shot], [shot]]),
+    }
+    query["image"][0] = 200
+    found = instances_of([[10, 20, 50, 60]], masks=True, scores=[0.9], size=(100, 200))
+    panel = query_panel(query, found, "BGR")
+    boxes = found.pred_boxes.tensor.clone()
+    tile = panel[-400:]
+    assert tile[5, 5].tolist() == [0, 0, 200]
+    rows, columns = np.nonzero((tile == np.array(CLASS_COLORS[0])).all(axis=-1))
+    assert (columns.min(), rows.max()) == (4 * 10 - 3, 4 * 60 + 2)
+    assert (found.pred_boxes.tensor == boxes).all()
+    query["instances"] = instances_of([[40, 80, 200, 240]], masks=True, size=(400, 800))
+    with_truth = query_panel(query, found, "RGB", threshold=0.95)
+    assert count(with_truth[:430], CLASS_COLORS[0]) and not count(with_truth[430:], CLASS_COLORS[0])
 
 
 def test_plots_are_pictures_also_of_nothing():

@@ -148,6 +148,8 @@ def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
     if comm.is_main_process():
         for plan in plans:
             plan.save(Path(cfg.OUTPUT_DIR) / "plans" / plan.file_name)
+        hashes = [{"file": plan.file_name, "sha256": plan.sha256} for plan in plans]
+        write_json(Path(cfg.OUTPUT_DIR) / "plans.json", hashes, indent=1)
     return plans
 
 

@@ -54,7 +54,8 @@ def evaluate_detections(
 
     Returns:
         ``{"bbox": {"AP", "AP50", ..., "AP-<class>", "AP50-<class>"}, "segm": ...}``, in percent,
-        ``"presence"`` in the open protocol, ``num_pairs`` and ``num_missing_pairs``.
+        ``"presence"`` in the open protocol, and ``num_episodes``, ``num_missing``, ``num_pairs`` and
+        ``num_missing_pairs``; an episode is missing if none of its pairs was searched.
     """
     planned = planned_pairs(plan)
     searched = planned if searched is None else planned & set(searched)
@@ -72,8 +73,14 @@ def evaluate_detections(
         assignments = assign_pairs(ground_truth, detections, plan)
         assignments = {pair: a for pair, a in assignments.items() if pair in searched}
         results["presence"] = presence_metrics(ground_truth, assignments, presence_threshold)
+    missing = planned - searched
+    results["num_episodes"] = len(plan.episodes)
+    results["num_missing"] = sum(
+        all((episode.image_id, class_id) in missing for class_id in episode.class_ids)
+        for episode in plan.episodes
+    )
     results["num_pairs"] = len(planned)
-    results["num_missing_pairs"] = len(planned - searched)
+    results["num_missing_pairs"] = len(missing)
     return results
 
 
@@ -190,7 +197,7 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
         """Score everything; on the main process only, elsewhere the result is empty.
 
         Returns:
-            As ``evaluate_detections``, with ``num_episodes`` and ``num_missing``.
+            As ``evaluate_detections``.
         """
         predictions = self._predictions
         if self._distributed:
@@ -218,8 +225,6 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
             presence_threshold=self._presence_threshold,
             searched=self._searched_pairs(ordered),
         )
-        results["num_episodes"] = len(self._episodes)
-        results["num_missing"] = len(self._episodes) - len(by_episode)
         self._log(results)
         return results
 

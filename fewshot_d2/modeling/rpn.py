@@ -5,11 +5,45 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.modeling.proposal_generator import (
+    PROPOSAL_GENERATOR_REGISTRY,
+    RPN,
+    RPN_HEAD_REGISTRY,
+    StandardRPNHead,
+)
 from detectron2.structures import Boxes, Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 from .losses import check_reduction, mean_over_ranks, rpn_normalizers
+
+
+@RPN_HEAD_REGISTRY.register()
+class MatchRPNHead(StandardRPNHead):
+    """detectron2's head; a level may also be an object that computes its hidden map itself.
+
+    Such an object has ``shape`` and ``hidden(activation)``: the map after this head's convolution.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any):
+        """Arguments as in detectron2, with one convolution.
+
+        Raises:
+            ValueError: several convolutions; what they do is not linear.
+        """
+        super().__init__(**kwargs)
+        if not isinstance(self.conv, nn.Conv2d):
+            raise ValueError(
+                f"MODEL.RPN.CONV_DIMS must have one number, got {kwargs.get('conv_dims')}"
+            )
+
+    def forward(self, features: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Objectness (P, A, H, W) and deltas (P, 4 A, H, W) of each level."""
+        hidden = [
+            self.conv(level) if isinstance(level, Tensor) else level.hidden(self.conv.activation)
+            for level in features
+        ]
+        return [self.objectness_logits(h) for h in hidden], [self.anchor_deltas(h) for h in hidden]
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

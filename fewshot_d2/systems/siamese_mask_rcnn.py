@@ -5,7 +5,8 @@ difference, concatenation and a 1x1 convolution to 384 channels (4.3, appendix 1
 see the matched pyramid only and tell match from no match (4.4). C channels of the FPN, D = 384 matched channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.modeling.roi_heads import build_roi_heads
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..modeling.detector import FewShotDetector, Pairs
@@ -43,11 +44,55 @@ def add_config(cfg: CfgNode) -> None:
     cfg.MODEL.MATCH.JOINT_PROPOSALS = False
 
 
-class PyramidMatching(nn.Module):
-    """W [P, |P - r|] + b on every level, each with its own W and b.
+@dataclass
+class SplitMap:
+    """A matched map x = W1 P + b + W2 D, D = |P - r|, before the RPN's convolution is applied to it.
 
-    The convolution is linear, so its first half, W1 P + b, is computed once a query whatever the number of classes.
+    Both convolutions are linear, so what they make of the first part is computed once a query, and of the second
+    with one kernel from C channels instead of two over D channels.
+
+    Attributes:
+        query_hidden (Tensor[N, hidden, H, W]): convolution of W1 P + b, without activation.
+        query (list[int]): the query of each of the P pairs.
+        difference (Tensor[P, C, H, W]): |P - r|.
+        kernel (Tensor[hidden, C, 3, 3]): the RPN's convolution after W2.
     """
+
+    query_hidden: Tensor
+    query: list[int]
+    difference: Tensor
+    kernel: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """As a tensor's; anchors are placed by its last two numbers."""
+        return self.difference.shape
+
+    def hidden(self, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tensor[P, hidden, H, W]: the RPN's hidden map of every pair."""
+        of_difference = F.conv2d(self.difference, self.kernel, padding=1)
+        return activation(of_difference.add_(self.query_hidden[self.query]))
+
+
+@dataclass
+class SharedQueries:
+    """What all classes searched in a batch of queries have in common; {level: ...}.
+
+    Attributes:
+        pyramid (Tensor[N, C, H, W]): P.
+        half (Tensor[N, D, H, W]): W1 P + b.
+        hidden (Tensor[N, hidden, H, W]), kernels (Tensor[hidden, C, 3, 3]): see ``SplitMap``; empty where
+            there are too few classes to gain by them.
+    """
+
+    pyramid: dict[str, Tensor]
+    half: dict[str, Tensor]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    kernels: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PyramidMatching(nn.Module):
+    """W [P, |P - r|] + b on every level, each with its own W = [W1, W2] and b."""
 
     def __init__(self, *, levels: Sequence[str], in_channels: int, out_channels: int):
         """One 1x1 convolution a level, from 2 C to D channels."""
@@ -60,29 +105,41 @@ class PyramidMatching(nn.Module):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
 
-    def query_half(self, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{level: Tensor[N, C, H, W]} -> {level: Tensor[N, D, H, W]}, the same for every class."""
-        return {
-            level: F.conv2d(pyramid[level], conv.weight[:, : self.in_channels], conv.bias)
-            for level, conv in self.reduce.items()
-        }
+    def share(self, pyramid: dict[str, Tensor], rpn_conv: nn.Conv2d | None = None) -> SharedQueries:
+        """Compute the parts that do not depend on a class; with ``rpn_conv`` also its share."""
+        shared = SharedQueries(pyramid, {})
+        for level, conv in self.reduce.items():
+            first, second = conv.weight.split(self.in_channels, dim=1)
+            shared.half[level] = F.conv2d(pyramid[level], first, conv.bias)
+            if rpn_conv is not None:
+                shared.hidden[level] = F.conv2d(
+                    shared.half[level], rpn_conv.weight, rpn_conv.bias, padding=1
+                )
+                shared.kernels[level] = torch.einsum(
+                    "odhw,dc->ochw", rpn_conv.weight, second[:, :, 0, 0]
+                )
+        return shared
 
     def forward(
-        self,
-        pyramid: dict[str, Tensor],
-        query_half: dict[str, Tensor],
-        vectors: dict[str, Tensor],
-        pairs: Pairs,
-    ) -> dict[str, Tensor]:
-        """Matched pyramid {level: Tensor[P, D, H, W]} of the pairs; vectors {level: Tensor[K, C]}."""
-        matched = {}
+        self, shared: SharedQueries, vectors: dict[str, Tensor], pairs: Pairs
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | SplitMap]]:
+        """Match the pairs; vectors {level: Tensor[K, C]}.
+
+        Returns:
+            The matched pyramid {level: Tensor[P, D, H, W]}, and the same as the RPN takes it.
+        """
+        matched, for_rpn = {}, {}
         for level, conv in self.reduce.items():
             difference = absolute_difference(
-                pyramid[level][pairs.query], vectors[level][pairs.support]
+                shared.pyramid[level][pairs.query], vectors[level][pairs.support]
             )
-            support_half = F.conv2d(difference, conv.weight[:, self.in_channels :])
-            matched[level] = query_half[level][pairs.query] + support_half
-        return matched
+            of_support = F.conv2d(difference, conv.weight[:, self.in_channels :])
+            matched[level] = of_support + shared.half[level][pairs.query]
+            for_rpn[level] = matched[level]
+            if level in shared.hidden:
+                hidden, kernel = shared.hidden[level], shared.kernels[level]
+                for_rpn[level] = SplitMap(hidden, pairs.query, difference, kernel)
+        return matched, for_rpn
 
 
 @META_ARCH_REGISTRY.register()
@@ -150,30 +207,35 @@ class SiameseMaskRCNN(FewShotDetector):
         queries = self.preprocess(batched_inputs)
         support, pairs = self.gather_supports(batched_inputs)
         pyramid = self.backbone(queries.tensor)
-        query_half = self.matching.query_half(pyramid)
         if not self.training:
-            results = []
-            for chunk in pairs.chunks(self.pairs_per_chunk):
-                matched = self.matching(pyramid, query_half, support.tensors, chunk)
-                results += self.detect(_images_of(queries, chunk), matched)
-            return self.postprocess(results, pairs, batched_inputs)
-        matched = self.matching(pyramid, query_half, support.tensors, pairs)
-        targets = pairs.targets(batched_inputs, self.device)
-        losses = self.losses(_images_of(queries, pairs), matched, targets)
+            return self.inference(batched_inputs, queries, pyramid, support, pairs)
+        matched, for_rpn = self.matching(self.matching.share(pyramid), support.tensors, pairs)
+        images, targets = _images_of(queries, pairs), pairs.targets(batched_inputs, self.device)
+        proposals, rpn_losses = self.proposal_generator(images, for_rpn, targets)
+        _, roi_losses = self.roi_heads(images, matched, proposals, targets)
+        losses = {**rpn_losses, **roi_losses}
         return {name: self.loss_weights[name] * loss for name, loss in losses.items()}
 
-    def losses(
-        self, images: ImageList, matched: dict[str, Tensor], targets: list[Instances]
-    ) -> dict[str, Tensor]:
-        """Unweighted losses of RPN and heads on the matched pyramid."""
-        proposals, rpn_losses = self.proposal_generator(images, matched, targets)
-        _, roi_losses = self.roi_heads(images, matched, proposals, targets)
-        return {**rpn_losses, **roi_losses}
-
-    def detect(self, images: ImageList, matched: dict[str, Tensor]) -> list[Instances]:
-        """Detections of each pair in the frame of the resized query."""
-        proposals, _ = self.proposal_generator(images, matched)
-        return self.roi_heads(images, matched, proposals)[0]
+    def inference(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        queries: ImageList,
+        pyramid: dict[str, Tensor],
+        support: SupportFeatures,
+        pairs: Pairs,
+    ) -> list[dict]:
+        """All classes of all queries, a chunk of pairs at a time."""
+        # With one class a query the RPN's share would be computed for a single use.
+        many = len(pairs) > len(queries)
+        rpn_conv = self.proposal_generator.rpn_head.conv if many else None
+        shared = self.matching.share(pyramid, rpn_conv)
+        results = []
+        for chunk in pairs.chunks(self.pairs_per_chunk):
+            matched, for_rpn = self.matching(shared, support.tensors, chunk)
+            images = _images_of(queries, chunk)
+            proposals, _ = self.proposal_generator(images, for_rpn)
+            results += self.roi_heads(images, matched, proposals)[0]
+        return self.postprocess(results, pairs, batched_inputs)
 
     def _valid_cells(self, sizes: list[tuple[int, int]], features: Tensor) -> Tensor:
         """Tensor[B, h, w]: cells whose corner lies in the crop and not in the padding."""

@@ -1,6 +1,6 @@
 """The only place that draws: ``pictures`` for images with instances, ``plots`` for diagrams."""
 
-from .pictures import draw_instances, episode_panel
+from .pictures import draw_instances, episode_panel, query_panel
 from .plots import (
     plot_ap50_by_instances,
     plot_confusion,
@@ -15,4 +15,5 @@ __all__ = [
     "plot_confusion",
     "plot_precision_recall",
     "plot_training_losses",
+    "query_panel",
 ]

@@ -4,7 +4,9 @@ Images are RGB uint8 (H, W, 3); boxes are XYXY in absolute pixels of the image t
 images are enlarged before anything is drawn. A verdict is told by colour and by dashes.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.structures import BitMasks, Instances, PolygonMasks
@@ -101,6 +103,39 @@ def episode_panel(
         draw_marks(canvas, _marks(shown, scale, canvas.size, colors, labels, dashed))
         tiles.append(_captioned(canvas, caption))
     return np.asarray(_stacked(tiles))
+
+
+def query_panel(
+    query: Mapping[str, Any],
+    predictions: Instances,
+    image_format: str = "BGR",
+    *,
+    threshold: float = 0.0,
+) -> np.ndarray:
+    """Draw a query dict of the batch contract with the model's output, as ``episode_panel`` does.
+
+    Args:
+        query: with ``image`` (Tensor[3, H, W], uint8, resized) and ``support``; ``instances``, if any,
+            are the ground truth on the resized image.
+        predictions: on the original query.
+        image_format: channel order of the image, "BGR" or "RGB".
+        threshold: least score of a detection that is drawn.
+    """
+    pixels = query["image"].permute(1, 2, 0).cpu().numpy()
+    pixels = pixels[:, :, ::-1] if image_format == "BGR" else pixels
+    resized = copy.copy(predictions)
+    # Masks need no scaling here: whatever their size, they are drawn over the whole picture.
+    resized.pred_boxes = predictions.pred_boxes.clone()
+    resized.pred_boxes.scale(
+        pixels.shape[1] / predictions.image_size[1], pixels.shape[0] / predictions.image_size[0]
+    )
+    return episode_panel(
+        pixels,
+        query["support"],
+        ground_truth=query.get("instances"),
+        predictions=resized,
+        threshold=threshold,
+    )
 
 
 def _above(instances: Instances, threshold: float) -> Instances:
