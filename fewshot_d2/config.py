@@ -58,6 +58,7 @@ def _add_evaluation(node: CN) -> None:
     # Plan files to evaluate; empty: plans are made from the keys below and saved in OUTPUT_DIR/plans.
     node.TEST.PLANS = ()
     # "present": classes in the image only (paper). "open": all classes of the side in every image.
+    # "single_target": cluttered Omniglot's own references, with mask IoU.
     node.TEST.PROTOCOL = "present"
     # Sides of the split that are evaluated, of "novel", "base", "all".
     node.TEST.SIDES = ("novel", "base")

@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
+from evaluation_cases import HEIGHT, WIDTH, box_mask, rle
 
+from fewshot_d2.data.plans import EvaluationPlan, PlannedEpisode
+from fewshot_d2.evaluation.coco_scoring import GroundTruth
 from fewshot_d2.evaluation.localization import (
     centre_distances,
     localization_scores,
     mask_iou_per_scene,
+    single_target_scores,
 )
 
 
@@ -83,3 +87,57 @@ def test_wrong_masks_are_refused():
         mask_iou_per_scene(masks, masks[0])
     with pytest.raises(ValueError, match="must have the targets' shape"):
         centre_distances(masks, masks[:1])
+
+
+def square(x, y, side=6):
+    return box_mask([x, y, side, side])
+
+
+@pytest.fixture
+def single_target(tmp_path):
+    """Two scenes with one instance each, and their plan."""
+    masks = [square(10, 10), square(40, 20)]
+    dicts = [
+        {
+            "image_id": i,
+            "file_name": "",
+            "height": HEIGHT,
+            "width": WIDTH,
+            "annotations": [
+                {
+                    "id": i + 1,
+                    "bbox": [0, 0, 9, 9],
+                    "bbox_mode": 1,
+                    "category_id": 0,
+                    "iscrowd": 0,
+                    "segmentation": rle(mask),
+                }
+            ],
+        }
+        for i, mask in enumerate(masks)
+    ]
+    episodes = tuple(PlannedEpisode(i, i, (3,), ((i + 1,),)) for i in range(2))
+    plan = EvaluationPlan("d", "d", "all", "all", "present", 1, 0, 0, (3,), episodes)
+    return GroundTruth(dicts, {3: "cat"}), plan, masks
+
+
+def row(image_id, mask, score):
+    return {
+        "image_id": image_id,
+        "category_id": 3,
+        "bbox": [0, 0, 1, 1],
+        "score": score,
+        "segmentation": rle(mask),
+    }
+
+
+def test_best_detection_counts_and_a_missing_one_is_empty(single_target):
+    truth, plan, masks = single_target
+    found = [row(0, square(60, 60), 0.2), row(0, masks[0], 0.9), row(0, square(70, 10), 0.5)]
+    assert single_target_scores(truth, found, plan) == {
+        "mask_iou": 50.0,
+        "localization_accuracy": 50.0,
+    }
+    found.append(row(1, masks[1], 0.1))
+    assert single_target_scores(truth, found, plan)["mask_iou"] == 100.0
+    assert single_target_scores(truth, [], plan)["mask_iou"] == 0.0

@@ -54,7 +54,7 @@ def evaluate_detections(
 
     Returns:
         ``{"bbox": {"AP", "AP50", ..., "AP-<class>", "AP50-<class>"}, "segm": ...}``, in percent,
-        ``"presence"`` in the open protocol, and ``num_episodes``, ``num_missing``, ``num_pairs`` and
+        ``"presence"`` in the open protocol, ``num_episodes``, ``num_missing``, ``num_pairs`` and
         ``num_missing_pairs``; an episode is missing if none of its pairs was searched.
     """
     planned = planned_pairs(plan)

@@ -4,8 +4,14 @@ Letters: N scenes, H,W pixels. Pure functions of bool masks in one frame; what t
 union of instances, a thresholded map) is the caller's business.
 """
 
+from collections.abc import Iterable
+
 import torch
+from pycocotools import mask as coco_mask
 from torch import Tensor
+
+from ..data.plans import EvaluationPlan
+from .coco_scoring import Detection, GroundTruth, planned_pairs
 
 
 def mask_iou_per_scene(predicted: Tensor, target: Tensor) -> Tensor:
@@ -76,6 +82,38 @@ def localization_scores(
         "mask_iou": float(mask_iou_per_scene(predicted, target).mean()),
         "localization_accuracy": float(close.float().mean()),
     }
+
+
+def single_target_scores(
+    ground_truth: GroundTruth, detections: Iterable[Detection], plan: EvaluationPlan
+) -> dict[str, float]:
+    """``localization_scores`` in percent of the best-scored detection of each planned pair.
+
+    Args:
+        ground_truth: of the plan's data set; all images of one size, one instance a pair.
+        detections: COCO result rows with masks. A pair without any has an empty predicted mask.
+        plan: what was searched.
+    """
+    best: dict[tuple[int, int], Detection] = {}
+    for row in detections:
+        pair = row["image_id"], row["category_id"]
+        if pair not in best or row["score"] > best[pair]["score"]:
+            best[pair] = row
+    predicted, target = [], []
+    for pair in sorted(planned_pairs(plan)):
+        instances = ground_truth.instances(*pair)
+        if len(instances) != 1 or instances[0].rle is None:
+            raise ValueError(
+                f"image {pair[0]} must have one instance with a mask of class {pair[1]} for the "
+                f"single-target protocol, got {len(instances)}"
+            )
+        mask = torch.from_numpy(coco_mask.decode(instances[0].rle)).bool()
+        target.append(mask)
+        found = best.get(pair)
+        segmentation = coco_mask.decode(found["segmentation"]) if found else None
+        predicted.append(mask & False if found is None else torch.from_numpy(segmentation).bool())
+    scores = localization_scores(torch.stack(predicted), torch.stack(target))
+    return {name: 100 * value for name, value in scores.items()}
 
 
 def _check_masks(predicted: Tensor, target: Tensor) -> None:

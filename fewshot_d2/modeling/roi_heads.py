@@ -100,6 +100,14 @@ class MatchROIHeads(StandardROIHeads):
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         parts = super()._init_box_head(cfg, input_shape)
         parts["box_predictor"] = MatchOutputLayers(cfg, parts["box_head"].output_shape)
+        parts["box_pooler"].canonical_box_size = cfg.MODEL.MATCH.CANONICAL_BOX_SIZE
+        return parts
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        parts = super()._init_mask_head(cfg, input_shape)
+        if parts:
+            parts["mask_pooler"].canonical_box_size = cfg.MODEL.MATCH.CANONICAL_BOX_SIZE
         return parts
 
     def _sample_proposals(

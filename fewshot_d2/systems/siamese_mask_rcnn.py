@@ -38,6 +38,9 @@ def add_config(cfg: CfgNode) -> None:
     # Weights of RPN class, RPN box, ROI class, ROI box and mask loss. Paper 5.1, for its own reduction:
     # 2, 0.1, 2, 0.5, 1.
     cfg.MODEL.MATCH.LOSS_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0)
+    # Boxes of this size in pixels are pooled from p4, half of it from p3, ... The level is rounded down;
+    # 224 / sqrt(2) rounds it, as the original does. Small images need a smaller one.
+    cfg.MODEL.MATCH.CANONICAL_BOX_SIZE = 224.0
     # "fill" up to ROI_HEADS.BATCH_SIZE_PER_IMAGE, or "proportional" to the positives (original).
     cfg.MODEL.MATCH.NEGATIVES = "fill"
     # Top-k and NMS of proposals over all levels together (original).

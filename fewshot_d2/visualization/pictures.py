@@ -115,7 +115,7 @@ def query_panel(
     """Draw a query dict of the batch contract with the model's output, as ``episode_panel`` does.
 
     Args:
-        query: with ``image`` (Tensor[3, H, W], uint8, resized) and ``support``; ``instances``, if any,
+        query: with ``image`` (Tensor[3, H, W], uint8, resized), ``support``; ``instances``, if any,
             are the ground truth on the resized image.
         predictions: on the original query.
         image_format: channel order of the image, "BGR" or "RGB".
