@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.loaders import build_training_episodes
-from ..visualization import episode_panel
+from ..visualization import query_panel
 
 
 class SeedEachStep(HookBase):
@@ -71,5 +71,5 @@ class TrainingPictures(HookBase):
             outputs = [self.model([query])[0]["instances"].to("cpu") for query in self.queries]
         self.model.train()
         for number, (query, output) in enumerate(zip(self.queries, outputs, strict=True)):
-            panel = episode_panel(query, output, self.cfg.INPUT.FORMAT, self.threshold)
+            panel = query_panel(query, output, self.cfg.INPUT.FORMAT, threshold=self.threshold)
             self.trainer.storage.put_image(f"episode_{number}", panel.transpose(2, 0, 1))

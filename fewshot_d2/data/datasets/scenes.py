@@ -54,7 +54,7 @@ class SceneSpec:
     seed: int
     image_size: int = 128
     glyph_size: float = 30.0
-    target_classes: tuple[int, int] = (1, 3)
+    target_classes: tuple[int, int] = (1, 2)
     instances: tuple[int, int] = (1, 3)
     extra_distractors: tuple[int, int] = (0, 2)
     rotation: float = 20.0
