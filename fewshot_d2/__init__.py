@@ -4,7 +4,7 @@ Importing the package registers its systems, mappers, backbones and data sets in
 """
 
 from . import data, modeling, systems
-from .config import add_fewshot_config
+from .config import add_fewshot_config, load_config
 from .predictor import FewShotPredictor
 from .structures import Support, SupportFeatures, SupportSet
 
@@ -16,6 +16,7 @@ __all__ = [
     "SupportSet",
     "add_fewshot_config",
     "data",
+    "load_config",
     "modeling",
     "systems",
 ]

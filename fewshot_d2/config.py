@@ -1,6 +1,14 @@
-"""Keys that all systems share; ``add_fewshot_config`` adds them and then each system's own."""
+"""Configs: the keys that all systems share, each system's own, and reading a YAML with them."""
 
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+logger = logging.getLogger(__name__)
 
 
 def add_fewshot_config(cfg: CN) -> None:
@@ -14,6 +22,22 @@ def add_fewshot_config(cfg: CN) -> None:
     _add_backbones(cfg)
     _add_solver(cfg)
     add_system_configs(cfg)
+
+
+def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CN:
+    """Config of a YAML with our keys; CUDA falls back to the CPU where there is none."""
+    cfg = get_cfg()
+    add_fewshot_config(cfg)
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(overrides))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("No CUDA device: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+        if cfg.SOLVER.AMP.ENABLED:
+            logger.warning("Mixed precision needs CUDA: SOLVER.AMP.ENABLED is False")
+            cfg.SOLVER.AMP.ENABLED = False
+    return cfg
 
 
 def _add_episodes(node: CN) -> None:
@@ -96,6 +120,10 @@ def _add_backbones(cfg: CN) -> None:
 def _add_solver(cfg: CN) -> None:
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Steps on supports of base classes alone before training, with so many classes a step: a start for
+    # backbones without pre-trained weights; see engine/pretrain.py.
+    cfg.SOLVER.PRETRAIN_ITERS = 0
+    cfg.SOLVER.PRETRAIN_WAYS = 32
     # Learning rate of backbone.bottom_up relative to BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Iterations in which backbone.bottom_up keeps its weights (paper 5.1: 1000).

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .files import atomic_path
@@ -62,6 +62,26 @@ class Support:
                 f"support mask must be a bool tensor {shape[1:]} like its image, "
                 f"got {self.mask.dtype} {tuple(self.mask.shape)}"
             )
+
+    @classmethod
+    def from_file(cls, path: str | Path, box: Sequence[float] | None = None) -> "Support":
+        """Read an image of the user's, turned as its EXIF tag says.
+
+        Args:
+            path: any format that Pillow reads.
+            box: XYXY in pixels of the image; None = the whole image is the example.
+
+        Raises:
+            ValueError: missing, broken or too large; names the file.
+        """
+        try:
+            with Image.open(path) as image:
+                _check_pixels(image)
+                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} must be a readable image, got: {error}") from error
+        corners = None if box is None else torch.tensor(box, dtype=torch.float32)
+        return cls(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), corners)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -213,11 +233,15 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
 def _read_png(archive: zipfile.ZipFile, name: str, mode: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(_read_member(archive, name)), formats=("PNG",)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"at most {_MAX_PIXELS} pixels are allowed, got {image.size}")
+            _check_pixels(image)
             return torch.from_numpy(np.array(image.convert(mode)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} must be a readable PNG, got: {error}") from error
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"at most {_MAX_PIXELS} pixels are allowed, got {image.size}")
 
 
 def _read_support(archive: zipfile.ZipFile, row: Mapping) -> Support:

@@ -11,8 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from fewshot_d2 import Support, SupportSet
-from fewshot_d2.engine.setup import load_config
+from fewshot_d2 import Support, SupportSet, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs/siamese_mask_rcnn/scenes_glyphs.yaml"

@@ -9,8 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from factories import ROOT, random_query, random_support_set
 
-from fewshot_d2 import add_fewshot_config
-from fewshot_d2.engine.setup import load_config
+from fewshot_d2 import add_fewshot_config, load_config
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
 # Weights are no part of the checkout; proposals and detections are fewer to save time.

@@ -10,8 +10,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from fewshot_d2 import Support, SupportSet
-from fewshot_d2.engine.setup import load_config
+from fewshot_d2 import Support, SupportSet, load_config
 
 
 def parse() -> argparse.Namespace:

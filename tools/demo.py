@@ -45,7 +45,9 @@ def print_summary(output: Path, seconds: float) -> None:
         print(f"{name:48s} {_number(boxes)} {_number(masks)}")
     for plan in json.loads((output / "plans.json").read_text()):
         print(f"plan {plan['file']}: SHA-256 {plan['sha256']}")
-    print(f"training and evaluation took {seconds / 60:.1f} minutes; report: {output / 'report.html'}")
+    print(
+        f"training and evaluation took {seconds / 60:.1f} minutes; report: {output / 'report.html'}"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -105,7 +105,7 @@ class EpisodicDatasetMapper:
             "height": record["height"],
             "width": record["width"],
             "image": _to_tensor(pixels),
-            "support": self._support_set(episode, flip=bool(flip)),
+            "support": self.support_set(episode, flip=bool(flip)),
             "episode_id": episode.episode_id,
         }
         if self.is_train:
@@ -139,7 +139,8 @@ class EpisodicDatasetMapper:
         )
         return detection_utils.filter_empty_instances(instances)
 
-    def _support_set(self, episode: Episode, *, flip: bool) -> SupportSet:
+    def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
+        """Read, crop and perhaps flip the supports of an episode."""
         examples = [
             [self._support(record, annotation, flip=flip) for record, annotation in shots]
             for shots in episode.supports

@@ -1,36 +1,17 @@
 """From command-line arguments to a frozen config, in each process of a run."""
 
 import argparse
-import logging
 import os
 
 import torch
 import torch.distributed as dist
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_fewshot_config
+from ..config import load_config
 from ..data.loaders import register_from_config
-
-logger = logging.getLogger(__name__)
-
-
-def load_config(config_file: str, overrides: list[str] | None = None) -> CfgNode:
-    """Config of a YAML with our keys; CUDA falls back to the CPU where there is none."""
-    cfg = get_cfg()
-    add_fewshot_config(cfg)
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(overrides or [])
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("No CUDA device: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
-        if cfg.SOLVER.AMP.ENABLED:
-            logger.warning("Mixed precision needs CUDA: SOLVER.AMP.ENABLED is False")
-            cfg.SOLVER.AMP.ENABLED = False
-    return cfg
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

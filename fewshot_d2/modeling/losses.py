@@ -1,4 +1,4 @@
-"""Normalisers of the detection losses: detectron2's and those of the original Siamese Mask R-CNN.
+"""Losses as pure functions, and what detection losses are divided by: detectron2's and the original's.
 
 detectron2 divides sums of box losses by *all* sampled anchors or ROIs, the original by the positives x 4. Published
 loss weights mean something only together with their own normalisers (spec 2.7), so both are here. All counts are
@@ -7,7 +7,9 @@ averaged over processes: then several processes give the gradient of one process
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from detectron2.utils import comm
+from torch import Tensor
 
 REDUCTIONS = ("detectron2", "original")
 
@@ -53,3 +55,20 @@ def roi_normalizers(
     if reduction == "original":
         return max(num_slots, 1.0), max(4.0 * num_positive, 1.0)
     return max(num_sampled, 1.0), max(num_sampled, 1.0)
+
+
+def contrast_loss(first: Tensor, second: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of finding each vector's partner by L1 distance, and how often it is the nearest.
+
+    Args:
+        first, second (Tensor[K, D]): two vectors of each of K classes, in the same order.
+        temperature: in units of the mean distance, so that the scale of the vectors does not matter.
+
+    Returns:
+        The mean loss in both directions, and the share in [0, 1] of right nearest neighbours.
+    """
+    distance = torch.cdist(first, second, p=1)
+    logits = -distance / (temperature * distance.detach().mean())
+    partner = torch.arange(len(first), device=first.device)
+    loss = F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)
+    return loss / 2, (logits.argmax(dim=1) == partner).float().mean()

@@ -1,0 +1,75 @@
+"""The predictor equals the model on the mapped query, and tells what is missing."""
+
+import numpy as np
+import pytest
+import torch
+from factories import random_support_set, tiny_config
+from PIL import Image
+
+from fewshot_d2 import FewShotPredictor, Support
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    torch.manual_seed(0)
+    return FewShotPredictor(tiny_config("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
+
+
+def test_predicting_without_support_names_the_missing_call():
+    predictor = FewShotPredictor(tiny_config())
+    with pytest.raises(RuntimeError, match="set_support"):
+        predictor.predict(np.zeros((20, 30, 3), np.uint8))
+
+
+@torch.no_grad()
+def test_equals_the_model_and_uses_original_pixels(predictor, rng):
+    support = random_support_set(rng)
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    predictor.set_support(support)
+    result = predictor.predict(image)
+    pixels = predictor.resize.get_transform(image).apply_image(image[:, :, ::-1].copy())
+    query = {
+        "image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+        "height": 32,
+        "width": 48,
+        "support": support,
+    }
+    expected = predictor.model([query])[0]["instances"]
+    assert result.image_size == (32, 48) and len(result)
+    assert torch.equal(result.scores, expected.scores)
+    assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert result.pred_boxes.tensor[:, 2].max() <= 48
+
+
+def test_encoded_support_can_be_set_again(predictor, rng):
+    features = predictor.set_support(random_support_set(rng))
+    image = np.full((32, 48, 3), 90, np.uint8)
+    first = predictor.predict(image)
+    predictor.set_support(features)
+    assert torch.equal(first.scores, predictor.predict(image).scores)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8)]
+)
+def test_what_is_no_image_is_refused(predictor, rng, image):
+    predictor.set_support(random_support_set(rng))
+    with pytest.raises(ValueError, match="image must be"):
+        predictor.predict(image)
+
+
+def test_support_from_file_turns_by_exif_and_converts(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0, :, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    support = Support.from_file(tmp_path / "turned.png", box=[1, 1, 3, 5])
+    assert support.image_size == (6, 4)
+    assert (support.image[0, :, -1] == 255).all() and (support.image[0, :, :-1] == 0).all()
+    Image.fromarray(pixels[:, :, 0]).save(tmp_path / "grey.png")
+    assert Support.from_file(tmp_path / "grey.png").image.shape == (3, 4, 6)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
+    for name in ("broken.jpg", "missing.jpg"):
+        with pytest.raises(ValueError, match=name):
+            Support.from_file(tmp_path / name)
