@@ -120,10 +120,6 @@ def _add_backbones(cfg: CN) -> None:
 def _add_solver(cfg: CN) -> None:
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Steps on supports of base classes alone before training, with so many classes a step: a start for
-    # backbones without pre-trained weights; see engine/pretrain.py.
-    cfg.SOLVER.PRETRAIN_ITERS = 0
-    cfg.SOLVER.PRETRAIN_WAYS = 32
     # Learning rate of backbone.bottom_up relative to BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Iterations in which backbone.bottom_up keeps its weights (paper 5.1: 1000).

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from factories import tiny_model
 
-from fewshot_d2.modeling.losses import check_reduction, contrast_loss, rpn_normalizers
+from fewshot_d2.modeling.losses import check_reduction, rpn_normalizers
 
 IMAGE = (64, 64)
 
@@ -119,32 +119,3 @@ def test_joint_proposals_compete_over_levels(rng):
         logits, deltas = [torch.tensor([[2.0]])] * 2, [torch.zeros(1, 1, 4)] * 2
         kept[joint] = len(rpn.predict_proposals(anchors, logits, deltas, [IMAGE])[0])
     assert kept == {False: 2, True: 1}
-
-
-def test_contrast_loss_equals_loops(rng):
-    first, second = torch.randn(2, 5, 3, generator=rng)
-    distance = [
-        [sum(abs(x - y) for x, y in zip(a, b, strict=True)) for b in second.tolist()]
-        for a in first.tolist()
-    ]
-    mean = sum(map(sum, distance)) / 25
-    logits = [[-d / (0.1 * mean) for d in row] for row in distance]
-    total = right = 0.0
-    for k in range(5):
-        row, column = logits[k], [logits[i][k] for i in range(5)]
-        for values in (row, column):
-            total -= values[k] - math.log(sum(math.exp(v) for v in values))
-        right += row[k] == max(row)
-    loss, accuracy = contrast_loss(first, second)
-    assert loss.item() == pytest.approx(total / 10, rel=1e-4)
-    assert accuracy.item() == pytest.approx(right / 5)
-
-
-def test_contrast_loss_ignores_the_scale_and_vanishes_for_separate_classes(rng):
-    first, second = torch.randn(2, 5, 3, generator=rng)
-    torch.testing.assert_close(
-        contrast_loss(first, second)[0], contrast_loss(9 * first, 9 * second)[0]
-    )
-    apart = 100 * torch.eye(4)
-    loss, accuracy = contrast_loss(apart, apart)
-    assert loss < 1e-4 and accuracy == 1

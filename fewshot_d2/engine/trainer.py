@@ -18,7 +18,6 @@ from ..checkpoint import FewShotCheckpointer
 from ..data.loaders import EpisodicTrainLoader
 from .evaluate import evaluate
 from .hooks import HeadsOnlyWarmup, SeedEachStep, TrainingPictures
-from .pretrain import pretrain
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -60,12 +59,6 @@ class EpisodicTrainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluate on plans; see ``engine.evaluate``."""
         return evaluate(cfg, model)
-
-    def train(self) -> Any:
-        """Pre-train where the config says so and nothing was resumed, then train."""
-        if self.cfg.SOLVER.PRETRAIN_ITERS > 0 and self.start_iter == 0:
-            pretrain(self.cfg, self.checkpointer.model, self.data_loader.episodes)
-        return super().train()
 
     def build_hooks(self) -> list[Any]:
         """detectron2's hooks and ours; ours come first so that the timer and writers see their work."""

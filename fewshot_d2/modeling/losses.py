@@ -7,9 +7,7 @@ averaged over processes: then several processes give the gradient of one process
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from detectron2.utils import comm
-from torch import Tensor
 
 REDUCTIONS = ("detectron2", "original")
 
@@ -55,20 +53,3 @@ def roi_normalizers(
     if reduction == "original":
         return max(num_slots, 1.0), max(4.0 * num_positive, 1.0)
     return max(num_sampled, 1.0), max(num_sampled, 1.0)
-
-
-def contrast_loss(first: Tensor, second: Tensor, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of finding each vector's partner by L1 distance, and how often it is the nearest.
-
-    Args:
-        first, second (Tensor[K, D]): two vectors of each of K classes, in the same order.
-        temperature: in units of the mean distance, so that the scale of the vectors does not matter.
-
-    Returns:
-        The mean loss in both directions, and the share in [0, 1] of right nearest neighbours.
-    """
-    distance = torch.cdist(first, second, p=1)
-    logits = -distance / (temperature * distance.detach().mean())
-    partner = torch.arange(len(first), device=first.device)
-    loss = F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)
-    return loss / 2, (logits.argmax(dim=1) == partner).float().mean()
