@@ -85,7 +85,7 @@ def test_config_is_read_in_from_config_alone():
 def test_every_config_key_has_a_comment(path):
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines):
-        if re.match(r"\s+(node|cfg)\.[A-Z_.]+ = (?!CN\(\)|CfgNode\(\))", line):
+        if re.match(r" {4}(node|cfg)\.[A-Z_.]+ = (?!CN\(\)|CfgNode\(\))", line):
             above = "\n".join(lines[max(0, number - 4) : number])
             assert "#" in above, f"{path.name}:{number + 1} {line.strip()}"
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
 
 from fewshot_d2.engine import EpisodicTrainer, setup
 
@@ -32,7 +33,8 @@ def main() -> None:
     trainer = EpisodicTrainer(cfg)
     trainer.resume_or_load(resume=True)
     trainer.train()
-    print_summary(Path(args.output), time.perf_counter() - start)
+    if comm.is_main_process():
+        print_summary(Path(args.output), time.perf_counter() - start)
 
 
 def print_summary(output: Path, seconds: float) -> None:
