@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from .files import atomic_path, write_text
+from .files import write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
         content.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         logger.info("Saving checkpoint to %s", path)
-        with atomic_path(path) as temporary:
-            _save(content, temporary)
+        write_tensors(path, content)
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -81,21 +80,9 @@ class FewShotCheckpointer(DetectionCheckpointer):
                 f"{filename} must be a checkpoint of {self.system}, got one of {owner}"
             )
         _check_overlap(filename, content["model"], self.model, heuristic="__author__" in content)
+        if "system" in content:
+            _check_shapes(filename, content["model"], self.model)
         return content
-
-
-def _save(content: Any, path: Path) -> None:
-    """``torch.save`` whose failure is an OSError, as that of any other write.
-
-    torch's zip writer turns a full disk into a RuntimeError; writing through a Python file keeps the reason.
-    """
-    with path.open("wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
 
 
 def _read(filename: str) -> Any:
@@ -116,4 +103,15 @@ def _check_overlap(filename: str, state: Mapping, model: nn.Module, *, heuristic
         raise ValueError(
             f"{filename} must hold weights of {type(model).__name__}, got {len(names)} names that it "
             f"does not have, for example {sorted(names)[:2]}; it expects for example {sorted(own)[:2]}"
+        )
+
+
+def _check_shapes(filename: str, state: Mapping, model: nn.Module) -> None:
+    """Raise where our own checkpoint is of another width; detectron2 would leave random weights there."""
+    own = model.state_dict()
+    wrong = [n for n, tensor in state.items() if n in own and own[n].shape != tensor.shape]
+    if wrong:
+        raise ValueError(
+            f"{filename} must fit the config's {type(model).__name__}, got {len(wrong)} weights of another "
+            f"shape, for example {wrong[0]}: {tuple(state[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}"
         )

@@ -37,7 +37,33 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CN:
         if cfg.SOLVER.AMP.ENABLED:
             logger.warning("Mixed precision needs CUDA: SOLVER.AMP.ENABLED is False")
             cfg.SOLVER.AMP.ENABLED = False
+    check_config(cfg)
     return cfg
+
+
+def check_config(cfg: CN) -> None:
+    """Refuse values that would only fail, or do nothing, after hours.
+
+    Raises:
+        ValueError: names the key, what it must be and what it is.
+    """
+    test = cfg.FEWSHOT.TEST
+    for key, values, allowed in (
+        ("FEWSHOT.TEST.SIDES", test.SIDES, ("novel", "base", "all")),
+        ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
+        ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), ("present", "open", "single_target")),
+        ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), ("paper", "code")),
+        ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED", (cfg.SOLVER.CLIP_GRADIENTS.ENABLED,), (False,)),
+        ("INPUT.CROP.ENABLED", (cfg.INPUT.CROP.ENABLED,), (False,)),
+    ):
+        wrong = [value for value in values if value not in allowed]
+        if wrong:
+            raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
+    if cfg.FEWSHOT.SUPPORT.SIZE % 32:
+        raise ValueError(
+            f"FEWSHOT.SUPPORT.SIZE must be a multiple of 32, got {cfg.FEWSHOT.SUPPORT.SIZE}"
+        )
 
 
 def _add_episodes(node: CN) -> None:
@@ -73,7 +99,8 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.MIN_SIZE = 150
     # Box of the example: "annotation", or "mask" = tight box of its mask (original code).
     node.SUPPORT.BOX = "annotation"
-    # Never draw a support out of the query image while another image has the class.
+    # In training, never draw a support out of the query image while another image has the class.
+    # Evaluation plans never do.
     node.SUPPORT.EXCLUDE_QUERY = True
 
 

@@ -1,6 +1,7 @@
 """Where files are, and writing them so that a crash or a full disk never leaves half of one."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @contextlib.contextmanager
@@ -39,6 +42,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def only_one_process(lock: str | Path) -> Iterator[None]:
+    """Hold the lock file ``lock``; other processes on this machine wait until it is free."""
+    lock = Path(lock)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_tensors(path: str | Path, content: Any) -> None:
+    """``torch.save``, atomically, to be read with ``weights_only=True``.
+
+    torch turns a failing write into a RuntimeError; it is an OSError here, as that of any other file.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def write_text(path: str | Path, text: str) -> None:

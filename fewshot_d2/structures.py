@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import atomic_path
+from .files import atomic_path, write_tensors
 
 _FORMAT = "fewshot_d2/support_set"
 _VERSION = 1
@@ -48,6 +48,8 @@ class Support:
     negative: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image, Tensor):
+            raise ValueError(f"support must have an image tensor, got {type(self.image).__name__}")
         shape = tuple(self.image.shape)
         if len(shape) != 3 or shape[0] != 3 or 0 in shape or self.image.dtype != torch.uint8:
             raise ValueError(
@@ -131,6 +133,8 @@ class SupportSet:
             raise ValueError(
                 f"class_ids, class_names and examples must be equally long, got {lengths}"
             )
+        if not self.class_ids:
+            raise ValueError("a support set must have at least one class, got none")
         if len(set(self.class_ids)) != len(self.class_ids):
             raise ValueError(f"class_ids must be unique, got {self.class_ids}")
         for name, shots in zip(self.class_names, self.examples, strict=True):
@@ -317,8 +321,7 @@ class SupportFeatures:
 
     def save(self, path: str | Path) -> None:
         """Write tensors and names with ``torch.save``, atomically."""
-        with atomic_path(path) as temporary:
-            torch.save(dataclasses.asdict(self), temporary)
+        write_tensors(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "SupportFeatures":

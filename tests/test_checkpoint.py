@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot_d2 import checkpoint as module
+from fewshot_d2 import files
 from fewshot_d2.checkpoint import FewShotCheckpointer
 
 
@@ -79,16 +79,30 @@ def test_model_zoo_pickle_of_arrays_loads(tmp_path):
     assert (model.weight == 2).all()
 
 
-def test_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch):
+def test_checkpoint_of_another_width_is_refused(tmp_path):
+    wide = Small()
+    wide.weight = nn.Parameter(torch.zeros(3, 7))
+    FewShotCheckpointer(wide, str(tmp_path)).save("wide")
+    with pytest.raises(ValueError, match="wide.pth must fit the config's Small"):
+        FewShotCheckpointer(Small()).load(str(tmp_path / "wide.pth"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch, wrapped):
     checkpointer = FewShotCheckpointer(Small(), str(tmp_path))
     checkpointer.save("model")
     before = (tmp_path / "model.pth").read_bytes()
 
     def full(content, file):
         file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            if wrapped:
+                raise RuntimeError("unexpected pos") from None
+            raise
 
-    monkeypatch.setattr(module.torch, "save", full)
+    monkeypatch.setattr(files.torch, "save", full)
     with pytest.raises(OSError, match="model.pth could not be written"):
         checkpointer.save("model")
     assert (tmp_path / "model.pth").read_bytes() == before

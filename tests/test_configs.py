@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from factories import ROOT, random_query, random_support_set
@@ -45,6 +46,32 @@ def test_there_are_configs():
     names = {path.stem for path in CONFIGS}
     for split in range(1, 5):
         assert {f"R_50_coco_s{split}", f"R_50_coco_s{split}_5shot", f"coco482_s{split}"} <= names
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("FEWSHOT.TEST.SIDES", ("novle",)),
+        ("FEWSHOT.TEST.BASELINES", ("random",)),
+        ("FEWSHOT.TEST.PROTOCOL", "closed"),
+        ("FEWSHOT.RESIZE_RULE", "papr"),
+        ("INPUT.RANDOM_FLIP", "vertical"),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+        ("FEWSHOT.SUPPORT.SIZE", 100),
+    ],
+)
+def test_values_that_would_fail_late_or_do_nothing_are_refused(key, value):
+    with pytest.raises(ValueError, match=key):
+        load_config("", [key, value])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_data_sets_of_a_config_are_registered(path: Path):
+    cfg = load_config(str(path))
+    own = {row[0] for row in cfg.FEWSHOT.REGISTER}
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.FEWSHOT.SUPPORT.DATASETS_TEST}
+    names |= {cfg.FEWSHOT.SUPPORT.DATASET_TRAIN} - {""}
+    assert names and names <= own | set(DatasetCatalog.list())
 
 
 def test_unknown_key_fails(tmp_path):

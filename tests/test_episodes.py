@@ -1,6 +1,7 @@
 """Training episodes, their stream, the mapper, and the border between base and novel classes."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,8 +241,9 @@ def break_image(path, damage):
     with open(path, "rb") as file:
         content = file.read()
     if damage == "missing":
-        content = b""
-    elif damage == "truncated":
+        Path(path).unlink()
+        return
+    if damage == "truncated":
         content = content[: len(content) // 2]
     with open(path, "wb") as file:
         file.write(content)
@@ -294,6 +296,22 @@ def test_plan_of_another_dataset_is_refused(dataset, tmp_path_factory):
     register_instances(NAME, str(other / "instances.json"), str(other))
     with pytest.raises(ValueError, match="plan"):
         EpisodicTestLoader(config(), plan)
+
+
+def test_split_of_other_categories_for_testing_is_refused(dataset, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    write_set(other, num_images=4)
+    text = (other / "instances.json").read_text().replace('"name": "d"', '"name": "z"')
+    (other / "instances.json").write_text(text)
+    register_instances("other_test_set", str(other / "instances.json"), str(other))
+    try:
+        with pytest.raises(ValueError, match="same categories"):
+            build_training_episodes(
+                config("FEWSHOT.SPLIT", "every_4th:1", "DATASETS.TEST", ("other_test_set",))
+            )
+    finally:
+        DatasetCatalog.remove("other_test_set")
+        MetadataCatalog.remove("other_test_set")
 
 
 def test_unknown_forms_are_refused(dataset):

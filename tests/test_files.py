@@ -1,10 +1,17 @@
 """Files are whole or not there; hashes depend on content alone."""
 
 import errno
+import threading
 
 import pytest
 
-from fewshot_d2.files import atomic_path, canonical_sha256, write_json, write_text
+from fewshot_d2.files import (
+    atomic_path,
+    canonical_sha256,
+    only_one_process,
+    write_json,
+    write_text,
+)
 
 
 def test_success_replaces_and_leaves_nothing_else(tmp_path):
@@ -32,6 +39,22 @@ def test_full_disk_names_the_file(tmp_path):
         atomic_path(tmp_path / "a.txt"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_only_one_process_holds_the_lock(tmp_path):
+    lock, order = tmp_path / "lock", []
+
+    def second():
+        with only_one_process(lock):
+            order.append("second")
+
+    with only_one_process(lock):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_nan_is_no_json(tmp_path):

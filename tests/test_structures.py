@@ -50,6 +50,13 @@ def test_mask_of_another_size_is_refused():
         Support(IMAGE, mask=torch.ones(5, 5, dtype=torch.bool))
 
 
+def test_support_without_an_image_and_set_without_a_class_are_refused():
+    with pytest.raises(ValueError, match="support must have an image"):
+        Support(None)
+    with pytest.raises(ValueError, match="at least one class"):
+        SupportSet([], [], [])
+
+
 def test_set_needs_a_positive_example_a_class():
     with pytest.raises(ValueError, match="'cup' must have at least one positive"):
         SupportSet([1], ["cup"], [[Support(IMAGE, negative=True)]])

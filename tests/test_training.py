@@ -1,6 +1,7 @@
 """Training as a whole: resumption, several processes, warm-up, optimizers, repeated evaluation."""
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from factories import ROOT, TINY, TINY_OVERRIDES, tiny_config, tiny_model, write
 
 from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.engine import EpisodicTrainer, evaluate
+from fewshot_d2.engine.evaluate import evaluation_plans
 from fewshot_d2.engine.solver import build_optimizer, clip_global_norm
 
 NAME = "training_test_set"
@@ -167,6 +169,38 @@ def test_same_plan_gives_identical_detections(folder, tmp_path):
         assert f"{NAME}/all/bbox" in results
         assert (tmp_path / run / "report.html").stat().st_size > 1000
     assert contents[0] == contents[1] and all(len(content) > 100 for content in contents[0])
+
+
+def test_plan_of_another_split_is_refused(folder, tmp_path):
+    """Its "novel" classes may be ones that the model was trained on."""
+    register_instances(NAME, str(folder / "instances.json"), str(folder))
+    own = overrides(folder, "FEWSHOT.TEST.SIDES", ("novel",), "OUTPUT_DIR", str(tmp_path / "run"))
+    plan = evaluation_plans(tiny_config(*own, "FEWSHOT.SPLIT", "every_4th:1"))[0]
+    path = str(tmp_path / "run" / "plans" / plan.file_name)
+    with_plan = [*own, "FEWSHOT.TEST.PLANS", (path,)]
+    assert evaluation_plans(tiny_config(*with_plan, "FEWSHOT.SPLIT", "every_4th:1")) == [plan]
+    with pytest.raises(ValueError, match=r"must be a plan of .* 'every_4th:2'"):
+        evaluation_plans(tiny_config(*with_plan, "FEWSHOT.SPLIT", "every_4th:2"))
+    dataclasses.replace(plan, side="base").save(path)
+    with pytest.raises(ValueError, match="base classes only"):
+        evaluation_plans(tiny_config(*with_plan, "FEWSHOT.SPLIT", "every_4th:1"))
+
+
+def test_side_without_a_class_is_skipped(folder, tmp_path):
+    register_instances(NAME, str(folder / "instances.json"), str(folder))
+    cfg = tiny_config(
+        *overrides(folder, "FEWSHOT.TEST.SIDES", ("novel", "base"), "OUTPUT_DIR", str(tmp_path))
+    )
+    assert [plan.side for plan in evaluation_plans(cfg)] == ["base"]
+
+
+def test_clipping_leaves_out_groups_that_stand_still(rng):
+    still, moving = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [still], "lr": 0.0}, {"params": [moving], "lr": 1.0}])
+    clip_global_norm(optimizer, 5.0)
+    still.grad, moving.grad = torch.full((3,), 1e6), torch.ones(3)
+    optimizer.step()
+    assert torch.equal(moving.data, -torch.ones(3))
 
 
 def test_optimizer_groups():

@@ -77,6 +77,8 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(f"DATASETS.TRAIN must be one name, got {cfg.DATASETS.TRAIN}")
     dataset = cfg.DATASETS.TRAIN[0]
+    if cfg.FEWSHOT.SPLIT != "all":
+        _check_same_classes(dataset, cfg.DATASETS.TEST)
     base = split_of(dataset, cfg.FEWSHOT.SPLIT).base
     factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base)
     episodes = TrainingEpisodes(
@@ -96,6 +98,16 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
         episodes.seed,
     )
     return episodes
+
+
+def _check_same_classes(train: str, tests: Iterable[str]) -> None:
+    """A split such as "every_4th:1" means other classes where the categories are others."""
+    for test in tests:
+        if test != train and dataset_categories(test) != dataset_categories(train):
+            raise ValueError(
+                f"a split needs the same categories for training and testing, got {len(dataset_categories(train))} "
+                f"in {train} and {len(dataset_categories(test))} others in {test}"
+            )
 
 
 def build_mapper(cfg: CfgNode, *, is_train: bool) -> Any:

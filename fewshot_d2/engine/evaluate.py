@@ -151,7 +151,7 @@ def _without_nan(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
     """The plans of FEWSHOT.TEST.PLANS, or new ones that are saved below OUTPUT_DIR/plans."""
     if cfg.FEWSHOT.TEST.PLANS:
-        return [EvaluationPlan.load(path) for path in cfg.FEWSHOT.TEST.PLANS]
+        return [_checked(cfg, path, EvaluationPlan.load(path)) for path in cfg.FEWSHOT.TEST.PLANS]
     plans = [
         plan
         for dataset, support_dataset in zip(cfg.DATASETS.TEST, _support_datasets(cfg), strict=True)
@@ -164,6 +164,21 @@ def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
         hashes = [{"file": plan.file_name, "sha256": plan.sha256} for plan in plans]
         write_json(Path(cfg.OUTPUT_DIR) / "plans.json", hashes, indent=1)
     return plans
+
+
+def _checked(cfg: CfgNode, path: str, plan: EvaluationPlan) -> EvaluationPlan:
+    """The plan, if it is one of this config: a plan of another split would call trained classes novel."""
+    if plan.dataset not in cfg.DATASETS.TEST or plan.split != cfg.FEWSHOT.SPLIT:
+        raise ValueError(
+            f"{path} must be a plan of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} and FEWSHOT.SPLIT "
+            f"{cfg.FEWSHOT.SPLIT!r}, got one of {plan.dataset!r} and {plan.split!r}"
+        )
+    foreign = set(plan.class_ids) - set(classes_of_side(plan.dataset, plan.split, plan.side))
+    if foreign:
+        raise ValueError(
+            f"{path} must have {plan.side} classes only, got also {sorted(foreign)[:5]}"
+        )
+    return plan
 
 
 def _support_datasets(cfg: CfgNode) -> Sequence[str]:
@@ -183,6 +198,9 @@ def _make_plans(
         return [cluttered_omniglot_plan(dataset)]
     factory = build_factory(dataset, support_dataset)
     class_ids = classes_of_side(dataset, cfg.FEWSHOT.SPLIT, side)
+    if not class_ids:
+        logger.warning("Split %r of %s has no %s class to test", cfg.FEWSHOT.SPLIT, dataset, side)
+        return []
     node = cfg.FEWSHOT.TEST
     return [
         make_plan(

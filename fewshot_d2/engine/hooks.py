@@ -32,8 +32,9 @@ class SeedEachStep(HookBase):
 class HeadsOnlyWarmup(HookBase):
     """Keep the bottom-up's weights for the first iterations (paper 5.1: 1000 steps).
 
-    The learning rate of its groups is zero there. Turning gradients off instead would break DDP, which wants to
-    know all parameters from the start.
+    The learning rate of its groups is zero there, and what the optimizer has gathered for them is dropped at the end.
+    Turning gradients off instead would break DDP, which wants to know all parameters from the start. Statistics of
+    batch norms that are not frozen move on.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, num_iters: int):
@@ -41,11 +42,15 @@ class HeadsOnlyWarmup(HookBase):
         self.optimizer, self.num_iters = optimizer, num_iters
 
     def before_step(self) -> None:
-        """Zero the rate that the scheduler has just set."""
-        if self.trainer.iter < self.num_iters:
-            for group in self.optimizer.param_groups:
-                if group["bottom_up"]:
-                    group["lr"] = 0.0
+        """Zero the rate that the scheduler has just set; at the end forget the momentum."""
+        for group in self.optimizer.param_groups:
+            if not group["bottom_up"]:
+                continue
+            if self.trainer.iter < self.num_iters:
+                group["lr"] = 0.0
+            elif self.trainer.iter == self.num_iters:
+                for parameter in group["params"]:
+                    self.optimizer.state.pop(parameter, None)
 
 
 class TrainingPictures(HookBase):

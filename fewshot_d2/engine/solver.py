@@ -57,7 +57,9 @@ def clip_global_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """
 
     def clip(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # A group that stands still must not take its share of the norm.
+        moving = [group for group in optimizer.param_groups if group["lr"] > 0]
+        parameters = [p for group in moving for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, max_norm)
 
     optimizer.register_step_pre_hook(clip)

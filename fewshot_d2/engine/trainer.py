@@ -36,6 +36,11 @@ class EpisodicTrainer(DefaultTrainer):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
+        if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not cfg.MODEL.WEIGHTS:
+            logger.warning(
+                "No MODEL.WEIGHTS: norms of a detectron2 ResNet are frozen before they have seen an image; "
+                "give pre-trained weights or set MODEL.RESNETS.NORM to BN to train from scratch"
+            )
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)

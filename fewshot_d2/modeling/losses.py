@@ -1,4 +1,4 @@
-"""Losses as pure functions, and what detection losses are divided by: detectron2's and the original's.
+"""What detection losses are divided by: detectron2's normalisers and those of the original Siamese Mask R-CNN.
 
 detectron2 divides sums of box losses by *all* sampled anchors or ROIs, the original by the positives x 4. Published
 loss weights mean something only together with their own normalisers (spec 2.7), so both are here. All counts are

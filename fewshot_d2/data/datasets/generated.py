@@ -23,7 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from ...files import canonical_sha256, write_json
+from ...files import canonical_sha256, only_one_process, write_json
 from ..coco_json import load_instances_json
 from .glyphs import GlyphSource
 
@@ -92,7 +92,8 @@ def register_generated(name: str, spec: PictureSpec, root: str | Path) -> None:
     folder = set_folder(name, spec, root)
 
     def load() -> list[dict]:
-        generate(folder, spec)
+        with only_one_process(folder.parent / f".{folder.name}.lock"):
+            generate(folder, spec)
         return load_instances_json(str(folder / "instances.json"), str(folder / "images"), name)
 
     DatasetCatalog.register(name, load)
