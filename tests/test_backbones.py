@@ -10,6 +10,7 @@ from torchvision import models
 
 from fewshot_d2.modeling.backbones import TFSameConv2d, torchvision_features, use_tf_padding
 
+FOUR_MAPS = ["res2", "res3", "res4", "res5"]
 TORCHVISION = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone")
 
 
@@ -25,7 +26,8 @@ TORCHVISION = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone")
     ],
 )
 def test_levels_and_strides(overrides):
-    backbone = build_backbone(tiny_config(*overrides)).eval()
+    maps_by_key = ("MODEL.FPN.IN_FEATURES", FOUR_MAPS, "MODEL.RESNETS.OUT_FEATURES", FOUR_MAPS)
+    backbone = build_backbone(tiny_config(*maps_by_key, *overrides)).eval()
     maps = backbone(torch.zeros(1, 3, 64, 96))
     assert list(maps) == ["p2", "p3", "p4", "p5", "p6"]
     for level, shape in backbone.output_shape().items():
@@ -33,21 +35,18 @@ def test_levels_and_strides(overrides):
         assert maps[level].shape == expected
 
 
+def test_fewer_maps_by_key():
+    levels = build_backbone(tiny_config("MODEL.FPN.IN_FEATURES", ["res2", "res3"])).output_shape()
+    assert {name: shape.stride for name, shape in levels.items()} == {"p2": 4, "p3": 8, "p4": 16}
+
+
 @torch.no_grad()
 def test_timm_backbone():
     pytest.importorskip("timm", reason="the extra 'timm' is not installed")
-    cfg = tiny_config(
-        "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"
-    )
-    assert [
-        m.shape[-1] for m in build_backbone(cfg).eval()(torch.zeros(1, 3, 64, 64)).values()
-    ] == [
-        16,
-        8,
-        4,
-        2,
-        1,
-    ]
+    timm = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t")
+    backbone = build_backbone(tiny_config(*timm, "MODEL.FPN.IN_FEATURES", FOUR_MAPS)).eval()
+    maps = backbone(torch.zeros(1, 3, 64, 64))
+    assert [m.shape[-1] for m in maps.values()] == [16, 8, 4, 2, 1]
 
 
 @torch.no_grad()

@@ -92,8 +92,9 @@ def register_generated(name: str, spec: PictureSpec, root: str | Path) -> None:
     folder = set_folder(name, spec, root)
 
     def load() -> list[dict]:
-        with only_one_process(folder.parent / f".{folder.name}.lock"):
-            generate(folder, spec)
+        if not folder.exists():
+            with only_one_process(folder.parent / f".{folder.name}.lock"):
+                generate(folder, spec)
         return load_instances_json(str(folder / "instances.json"), str(folder / "images"), name)
 
     DatasetCatalog.register(name, load)
