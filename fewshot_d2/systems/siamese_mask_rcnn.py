@@ -23,6 +23,7 @@ from ..modeling.detector import FewShotDetector, Pairs
 from ..modeling.matching import absolute_difference, average_pool, mean_over_shots
 from ..structures import SupportFeatures, SupportSet
 
+_CLASSES_WORTH_SHARING = 4
 _LOSSES = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
 
 
@@ -228,8 +229,8 @@ class SiameseMaskRCNN(FewShotDetector):
         pairs: Pairs,
     ) -> list[dict]:
         """All classes of all queries, a chunk of pairs at a time."""
-        # With one class a query the RPN's share would be computed for a single use.
-        many = len(pairs) > len(queries)
+        # The share costs about as much as it saves for three or four classes.
+        many = len(pairs) >= _CLASSES_WORTH_SHARING * len(queries)
         rpn_conv = self.proposal_generator.rpn_head.conv if many else None
         shared = self.matching.share(pyramid, rpn_conv)
         results = []
