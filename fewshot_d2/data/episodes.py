@@ -198,9 +198,6 @@ class PlannedEpisodes(Dataset):
     ):
         """Take a plan that was checked against the factory's indices."""
         self.plan, self.factory, self.mapper = plan, factory, mapper
-        self.image_of_id = {
-            record["image_id"]: i for i, record in enumerate(factory.query_index.dicts)
-        }
 
     def __len__(self) -> int:
         return len(self.plan.episodes)
@@ -219,7 +216,7 @@ class PlannedEpisodes(Dataset):
             for shots in planned.supports
         ]
         return self.factory.build(
-            self.image_of_id[planned.image_id],
+            self.factory.query_index.image_index(planned.image_id),
             planned.class_ids,
             supports,
             key=(self.plan.seed, planned.id),

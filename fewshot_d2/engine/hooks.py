@@ -7,7 +7,6 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from ..data.loaders import build_training_episodes
 from ..visualization import query_panel
 
 
@@ -69,7 +68,7 @@ class TrainingPictures(HookBase):
         if (self.trainer.iter + 1) % self.cfg.VIS_PERIOD:
             return
         if not self.queries:
-            episodes = build_training_episodes(self.cfg)
+            episodes = self.trainer.data_loader.episodes
             self.queries = [episodes[number] for number in range(self.num_episodes)]
         self.model.eval()
         with torch.no_grad():

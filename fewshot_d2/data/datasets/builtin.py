@@ -7,7 +7,7 @@ Ids of base and novel classes differ, because they are numbered over the whole s
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..coco_json import dataset_path
+from ...files import dataset_path
 from .cluttered_omniglot import LEVELS, ClutteredSpec, ReferenceSpec
 from .generated import register_generated
 from .glyphs import GlyphSource, ProceduralGlyphs

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..coco_json import dataset_path
+from ...files import dataset_path
 
 # Half-open class ranges of the whole data set. The ten first and ten last evaluation alphabets are the two one-shot
 # sets of cluttered Omniglot.
