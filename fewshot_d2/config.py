@@ -18,6 +18,7 @@ def add_fewshot_config(cfg: CN) -> None:
     cfg.FEWSHOT = CN()
     _add_episodes(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
+    _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
     _add_backbones(cfg)
     _add_solver(cfg)
@@ -102,6 +103,18 @@ def _add_support(node: CN) -> None:
     # In training, never draw a support out of the query image while another image has the class.
     # Evaluation plans never do.
     node.SUPPORT.EXCLUDE_QUERY = True
+
+
+def _add_pretraining(node: CN) -> None:
+    node.PRETRAIN = CN()
+    # Steps of contrast between crops of base classes before the first episode, for detectors without
+    # MODEL.WEIGHTS; 0 = none (paper: a backbone trained on ImageNet without COCO's classes).
+    node.PRETRAIN.MAX_ITER = 0
+    # Classes that a process compares in a step, two crops of each.
+    node.PRETRAIN.NUM_CLASSES = 64
+    node.PRETRAIN.BASE_LR = 0.002
+    # Divides the cosine similarities.
+    node.PRETRAIN.TEMPERATURE = 0.1
 
 
 def _add_evaluation(node: CN) -> None:

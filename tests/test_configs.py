@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from factories import ROOT, random_query, random_support_set
 
 from fewshot_d2 import add_fewshot_config, load_config
+from fewshot_d2.engine.solver import build_optimizer
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
 # Weights are no part of the checkout; proposals and detections are fewer to save time.
@@ -27,6 +28,8 @@ def test_config_trains_and_runs(path: Path, rng):
     cfg.FEWSHOT.SUPPORT.SIZE = min(cfg.FEWSHOT.SUPPORT.SIZE, 64)
     torch.manual_seed(0)
     model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    before = [p.detach().clone() for p in model.parameters()]
     query = random_query(rng, random_support_set(rng))
     with EventStorage(0):
         losses = model([query])
@@ -35,6 +38,9 @@ def test_config_trains_and_runs(path: Path, rng):
     assert all(torch.isfinite(loss) for loss in losses.values())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(torch.isfinite(g).all() for g in gradients)
+    optimizer.step()
+    moved = [not torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True)]
+    assert any(moved) and all(torch.isfinite(p).all() for p in model.parameters())
     with torch.no_grad():
         instances = model.eval()([query])[0]["instances"]
     assert instances.image_size == (64, 64)

@@ -55,8 +55,7 @@ def test_counts_of_targets_and_distractors(pictures):
         assert set(counts) <= {1, 2, 3} and set(classes) <= set(range(1, 41))
         # Whichever class is searched, the others are at least as many.
         assert (len(classes) - counts >= counts).all()
-        # At most three classes occur more than once; single glyphs match them in number.
-        assert (counts > 1).sum() <= 3 and (counts == 1).sum() >= counts[counts > 1].sum()
+        assert 2 <= len(counts) <= 4
         seen |= set(counts.tolist())
     assert seen == {1, 2, 3}
 

@@ -48,6 +48,7 @@ def start_training(folder, output, *more):
         *TINY_OVERRIDES,
         *overrides(folder, "OUTPUT_DIR", str(output), "SOLVER.CHECKPOINT_PERIOD", 3),
         *("SOLVER.MAX_ITER", 8, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ()),
+        *("FEWSHOT.PRETRAIN.MAX_ITER", 2),
     ]
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(TINY), *more]
     return subprocess.Popen(

@@ -14,9 +14,9 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from fewshot_d2.data.coco_json import register_instances
-from fewshot_d2.data.loaders import build_factory
-from fewshot_d2.data.plans import PROTOCOLS, make_plan
-from fewshot_d2.data.splits import SIDES, classes_of_side
+from fewshot_d2.data.loaders import build_plans
+from fewshot_d2.data.plans import PROTOCOLS
+from fewshot_d2.data.splits import SIDES
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,23 +54,20 @@ def write_plans(args: argparse.Namespace) -> None:
     for name in (args.dataset, support_dataset):
         if name not in DatasetCatalog.list():
             raise ValueError(f"data set must be registered, got {name!r} (see --json)")
-    factory = build_factory(args.dataset, support_dataset)
-    class_ids = classes_of_side(args.dataset, args.split, args.side)
-    for run in range(args.runs):
-        plan = make_plan(
-            factory.query_index,
-            factory.support_index,
-            dataset=args.dataset,
-            support_dataset=support_dataset,
-            split=args.split,
-            side=args.side,
-            class_ids=class_ids,
-            protocol=args.protocol,
-            shots=args.shots,
-            seed=args.seed,
-            run=run,
-            max_images=args.max_images,
-        )
+    plans = build_plans(
+        dataset=args.dataset,
+        support_dataset=support_dataset,
+        split=args.split,
+        side=args.side,
+        runs=args.runs,
+        protocol=args.protocol,
+        shots=args.shots,
+        seed=args.seed,
+        max_images=args.max_images,
+    )
+    if not plans:
+        raise ValueError(f"--split {args.split} must have {args.side} classes, got none")
+    for plan in plans:
         path = args.output / plan.file_name
         plan.save(path)
         print(

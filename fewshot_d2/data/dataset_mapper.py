@@ -142,12 +142,13 @@ class EpisodicDatasetMapper:
     def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
         """Read, crop and perhaps flip the supports of an episode."""
         examples = [
-            [self._support(record, annotation, flip=flip) for record, annotation in shots]
+            [self.support(record, annotation, flip=flip) for record, annotation in shots]
             for shots in episode.supports
         ]
         return SupportSet(list(episode.class_ids), list(episode.class_names), examples)
 
-    def _support(self, record: dict, annotation: dict, *, flip: bool) -> Support:
+    def support(self, record: dict, annotation: dict, *, flip: bool = False) -> Support:
+        """Read, crop and perhaps flip one example."""
         image = _to_tensor(read_image(record, "RGB"))
         box = self._example_box(record, annotation)
         support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))

@@ -18,8 +18,8 @@ from .coco_json import dataset_categories, register_instances
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
 from .index import InstanceIndex
-from .plans import EvaluationPlan
-from .splits import restrict_to_classes, split_of
+from .plans import EvaluationPlan, make_plan
+from .splits import classes_of_side, restrict_to_classes, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,33 @@ def build_factory(
     return EpisodeFactory(
         query_index, support_index, names=names, contiguous_ids=contiguous_ids(dataset)
     )
+
+
+def build_plans(
+    *, dataset: str, support_dataset: str, split: str, side: str, runs: int, **options: Any
+) -> list[EvaluationPlan]:
+    """Plans of runs 0, 1, ... that differ in their supports; none for a side without classes.
+
+    Args:
+        dataset, support_dataset, split, side, options: as of ``make_plan``.
+    """
+    class_ids = classes_of_side(dataset, split, side)
+    if not class_ids:
+        logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
+        return []
+    factory = build_factory(dataset, support_dataset)
+    names = {"dataset": dataset, "support_dataset": support_dataset, "split": split, "side": side}
+    return [
+        make_plan(
+            factory.query_index,
+            factory.support_index,
+            class_ids=class_ids,
+            run=run,
+            **names,
+            **options,
+        )
+        for run in range(runs)
+    ]
 
 
 def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:

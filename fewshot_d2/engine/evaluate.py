@@ -17,8 +17,8 @@ from torch import nn
 
 from ..checkpoint import FewShotCheckpointer
 from ..data.datasets.cluttered_omniglot import cluttered_omniglot_plan
-from ..data.loaders import EpisodicTestLoader, build_factory
-from ..data.plans import EvaluationPlan, make_plan
+from ..data.loaders import EpisodicTestLoader, build_plans
+from ..data.plans import EvaluationPlan
 from ..data.splits import classes_of_side
 from ..evaluation.baselines import detection_shift, gt_shift
 from ..evaluation.episodic_coco import EpisodicCOCOEvaluator, evaluate_detections
@@ -155,8 +155,7 @@ def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
     plans = [
         plan
         for dataset, support_dataset in zip(cfg.DATASETS.TEST, _support_datasets(cfg), strict=True)
-        for side in cfg.FEWSHOT.TEST.SIDES
-        for plan in _make_plans(cfg, dataset, support_dataset, side)
+        for plan in _make_plans(cfg, dataset, support_dataset)
     ]
     if comm.is_main_process():
         for plan in plans:
@@ -191,31 +190,22 @@ def _support_datasets(cfg: CfgNode) -> Sequence[str]:
     return names
 
 
-def _make_plans(
-    cfg: CfgNode, dataset: str, support_dataset: str, side: str
-) -> list[EvaluationPlan]:
-    if cfg.FEWSHOT.TEST.PROTOCOL == SINGLE_TARGET:
-        return [cluttered_omniglot_plan(dataset)]
-    factory = build_factory(dataset, support_dataset)
-    class_ids = classes_of_side(dataset, cfg.FEWSHOT.SPLIT, side)
-    if not class_ids:
-        logger.warning("Split %r of %s has no %s class to test", cfg.FEWSHOT.SPLIT, dataset, side)
-        return []
+def _make_plans(cfg: CfgNode, dataset: str, support_dataset: str) -> list[EvaluationPlan]:
     node = cfg.FEWSHOT.TEST
+    if node.PROTOCOL == SINGLE_TARGET:
+        return [cluttered_omniglot_plan(dataset)]
     return [
-        make_plan(
-            factory.query_index,
-            factory.support_index,
+        plan
+        for side in node.SIDES
+        for plan in build_plans(
             dataset=dataset,
             support_dataset=support_dataset,
             split=cfg.FEWSHOT.SPLIT,
             side=side,
-            class_ids=class_ids,
+            runs=node.NUM_RUNS,
             protocol=node.PROTOCOL,
             shots=node.NUM_SHOTS,
             seed=node.SEED,
-            run=run,
             max_images=node.MAX_IMAGES,
         )
-        for run in range(node.NUM_RUNS)
     ]

@@ -1,10 +1,13 @@
-"""Optimizers by key: parameter groups, global gradient clipping."""
+"""What turns losses into steps: optimizers by key, global gradient clipping, several processes."""
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 _OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
 BOTTOM_UP = "backbone.bottom_up."
@@ -63,3 +66,21 @@ def clip_global_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         nn.utils.clip_grad_norm_(parameters, max_norm)
 
     optimizer.register_step_pre_hook(clip)
+
+
+def distributed(model: nn.Module, **options: Any) -> nn.Module:
+    """Wrap for several processes, on CUDA or (gloo) on the CPU; ``options`` of DistributedDataParallel."""
+    if comm.get_world_size() == 1:
+        return model
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, **options)
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Give all processes the mean of their running statistics, which they gather from other batches."""
+    if comm.get_world_size() == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= comm.get_world_size()

@@ -12,13 +12,13 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import FewShotCheckpointer
 from ..data.loaders import EpisodicTrainLoader
 from .evaluate import evaluate
 from .hooks import HeadsOnlyWarmup, SeedEachStep, TrainingPictures
-from .solver import build_optimizer
+from .pretrain import pretrain_supports
+from .solver import build_optimizer, distributed
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ class EpisodicTrainer(DefaultTrainer):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
-        if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not cfg.MODEL.WEIGHTS:
+        from_scratch = not cfg.MODEL.WEIGHTS and not cfg.FEWSHOT.PRETRAIN.MAX_ITER
+        if cfg.MODEL.RESNETS.NORM == "FrozenBN" and from_scratch:
             logger.warning(
                 "No MODEL.WEIGHTS: norms of a detectron2 ResNet are frozen before they have seen an image; "
                 "give pre-trained weights or set MODEL.RESNETS.NORM to BN to train from scratch"
@@ -65,6 +66,13 @@ class EpisodicTrainer(DefaultTrainer):
         """Evaluate on plans; see ``engine.evaluate``."""
         return evaluate(cfg, model)
 
+    def train(self) -> Any:
+        """Pre-train on supports if FEWSHOT.PRETRAIN says so and nothing is resumed, then train on episodes."""
+        if self.start_iter == 0 and self.cfg.FEWSHOT.PRETRAIN.MAX_ITER > 0:
+            episodes = self._trainer.data_loader.episodes
+            pretrain_supports(self.cfg, self.checkpointer.model, episodes)
+        return super().train()
+
     def build_hooks(self) -> list[Any]:
         """detectron2's hooks and ours; ours come first so that the timer and writers see their work."""
         ours = [SeedEachStep(max(self.cfg.SEED, 0))]
@@ -83,11 +91,3 @@ class EpisodicTrainer(DefaultTrainer):
         """Undo ``state_dict``."""
         super().load_state_dict(dict(state_dict))
         self._trainer.load_state_dict(state_dict["_trainer"])
-
-
-def distributed(model: nn.Module) -> nn.Module:
-    """Wrap for several processes, on CUDA or (gloo) on the CPU."""
-    if comm.get_world_size() == 1:
-        return model
-    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

@@ -39,6 +39,12 @@ class Pairs:
             part = slice(start, start + size)
             yield Pairs(self.query[part], self.episode_class[part], self.support[part])
 
+    def of_query(self, tensor: Tensor) -> Tensor:
+        """Row by query (N, ...) -> row by pair (P, ...), without a copy where all pairs are of one query."""
+        if len(set(self.query)) == 1:
+            return tensor[self.query[0]].expand(len(self), *tensor.shape[1:])
+        return tensor[self.query]
+
     def targets(
         self, batched_inputs: Sequence[dict[str, Any]], device: torch.device
     ) -> list[Instances]:

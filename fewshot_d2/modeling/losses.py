@@ -1,4 +1,4 @@
-"""What detection losses are divided by: detectron2's normalisers and those of the original Siamese Mask R-CNN.
+"""Losses: the normalisers of detectron2 and of the original Siamese Mask R-CNN, and a contrast of supports.
 
 detectron2 divides sums of box losses by *all* sampled anchors or ROIs, the original by the positives x 4. Published
 loss weights mean something only together with their own normalisers (spec 2.7), so both are here. All counts are
@@ -7,7 +7,9 @@ averaged over processes: then several processes give the gradient of one process
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from detectron2.utils import comm
+from torch import Tensor
 
 REDUCTIONS = ("detectron2", "original")
 
@@ -53,3 +55,22 @@ def roi_normalizers(
     if reduction == "original":
         return max(num_slots, 1.0), max(4.0 * num_positive, 1.0)
     return max(num_sampled, 1.0), max(num_sampled, 1.0)
+
+
+def support_contrast(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE: example k of one must find example k of the other among all K.
+
+    Both are centred on their common mean, as a matching by differences does not see a common offset.
+
+    Args:
+        first, second (Tensor[K, ...]): features of two examples of each of K classes.
+        temperature: divides the cosine similarities.
+
+    Returns:
+        Tensor[]: zero would be every example found with certainty; log K is chance.
+    """
+    joined = torch.cat([first, second]).flatten(1)
+    first, second = F.normalize(joined - joined.mean(dim=0), dim=1).chunk(2)
+    similarity = first @ second.T / temperature
+    own = torch.arange(len(first), device=first.device)
+    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2

@@ -50,7 +50,7 @@ def absolute_difference(features: Tensor, vectors: Tensor) -> Tensor:
     Args:
         features (Tensor[P, C, H, W]), vectors (Tensor[P, C]).
     """
-    return (features - vectors[:, :, None, None]).abs()
+    return (features - vectors[:, :, None, None]).abs_()
 
 
 def matched_features(features: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from ..modeling.detector import FewShotDetector, Pairs
 from ..modeling.matching import absolute_difference, average_pool, mean_over_shots
 from ..structures import SupportFeatures, SupportSet
 
-_CLASSES_WORTH_SHARING = 4
 _LOSSES = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
 
 
@@ -56,14 +55,12 @@ class SplitMap:
     with one kernel from C channels instead of two over D channels.
 
     Attributes:
-        query_hidden (Tensor[N, hidden, H, W]): convolution of W1 P + b, without activation.
-        query (list[int]): the query of each of the P pairs.
+        query_hidden (Tensor[P, hidden, H, W]): convolution of W1 P + b, without activation.
         difference (Tensor[P, C, H, W]): |P - r|.
         kernel (Tensor[hidden, C, 3, 3]): the RPN's convolution after W2.
     """
 
     query_hidden: Tensor
-    query: list[int]
     difference: Tensor
     kernel: Tensor
 
@@ -75,7 +72,7 @@ class SplitMap:
     def hidden(self, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Tensor[P, hidden, H, W]: the RPN's hidden map of every pair."""
         of_difference = F.conv2d(self.difference, self.kernel, padding=1)
-        return activation(of_difference.add_(self.query_hidden[self.query]))
+        return activation(of_difference.add_(self.query_hidden))
 
 
 @dataclass
@@ -101,13 +98,17 @@ class PyramidMatching(nn.Module):
     def __init__(self, *, levels: Sequence[str], in_channels: int, out_channels: int):
         """One 1x1 convolution a level, from 2 C to D channels."""
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.reduce = nn.ModuleDict(
             {level: nn.Conv2d(2 * in_channels, out_channels, 1) for level in levels}
         )
         for convolution in self.reduce.values():
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
+
+    def is_worth_sharing(self, classes: float) -> bool:
+        """Whether the RPN's share saves more than it costs: C channels once, D - C less for each class."""
+        return classes * (self.out_channels - self.in_channels) > self.in_channels
 
     def share(self, pyramid: dict[str, Tensor], rpn_conv: nn.Conv2d | None = None) -> SharedQueries:
         """Compute the parts that do not depend on a class; with ``rpn_conv`` also its share."""
@@ -116,12 +117,8 @@ class PyramidMatching(nn.Module):
             first, second = conv.weight.split(self.in_channels, dim=1)
             shared.half[level] = F.conv2d(pyramid[level], first, conv.bias)
             if rpn_conv is not None:
-                shared.hidden[level] = F.conv2d(
-                    shared.half[level], rpn_conv.weight, rpn_conv.bias, padding=1
-                )
-                shared.kernels[level] = torch.einsum(
-                    "odhw,dc->ochw", rpn_conv.weight, second[:, :, 0, 0]
-                )
+                shared.hidden[level] = _convolved_sum(pyramid[level], first, conv.bias, rpn_conv)
+                shared.kernels[level] = _composed(rpn_conv.weight, second)
         return shared
 
     def forward(
@@ -135,15 +132,31 @@ class PyramidMatching(nn.Module):
         matched, for_rpn = {}, {}
         for level, conv in self.reduce.items():
             difference = absolute_difference(
-                shared.pyramid[level][pairs.query], vectors[level][pairs.support]
+                pairs.of_query(shared.pyramid[level]), vectors[level][pairs.support]
             )
             of_support = F.conv2d(difference, conv.weight[:, self.in_channels :])
-            matched[level] = of_support + shared.half[level][pairs.query]
+            # In place: these maps are large, and writing new ones costs as much as filling them.
+            matched[level] = of_support.add_(pairs.of_query(shared.half[level]))
             for_rpn[level] = matched[level]
             if level in shared.hidden:
-                hidden, kernel = shared.hidden[level], shared.kernels[level]
-                for_rpn[level] = SplitMap(hidden, pairs.query, difference, kernel)
+                hidden = pairs.of_query(shared.hidden[level])
+                for_rpn[level] = SplitMap(hidden, difference, shared.kernels[level])
         return matched, for_rpn
+
+
+def _composed(outer: Tensor, inner: Tensor) -> Tensor:
+    """Kernel (O, C, 3, 3) of a 1x1 convolution (D, C, 1, 1) followed by a 3x3 one (O, D, 3, 3)."""
+    return torch.einsum("odhw,dc->ochw", outer, inner[:, :, 0, 0])
+
+
+def _convolved_sum(features: Tensor, weight: Tensor, bias: Tensor, rpn_conv: nn.Conv2d) -> Tensor:
+    """The RPN's convolution of W F + b, on F's own fewer channels.
+
+    The padding is of W F + b and not of F: b is a channel of ones, which the padding ends as it must.
+    """
+    ones = torch.ones_like(features[:, :1])
+    kernel = _composed(rpn_conv.weight, torch.cat([weight, bias[:, None, None, None]], dim=1))
+    return F.conv2d(torch.cat([features, ones], dim=1), kernel, rpn_conv.bias, padding=1)
 
 
 @META_ARCH_REGISTRY.register()
@@ -229,9 +242,9 @@ class SiameseMaskRCNN(FewShotDetector):
         pairs: Pairs,
     ) -> list[dict]:
         """All classes of all queries, a chunk of pairs at a time."""
-        # The share costs about as much as it saves for three or four classes.
-        many = len(pairs) >= _CLASSES_WORTH_SHARING * len(queries)
-        rpn_conv = self.proposal_generator.rpn_head.conv if many else None
+        rpn_conv = self.proposal_generator.rpn_head.conv
+        if not self.matching.is_worth_sharing(len(pairs) / len(queries)):
+            rpn_conv = None
         shared = self.matching.share(pyramid, rpn_conv)
         results = []
         for chunk in pairs.chunks(self.pairs_per_chunk):

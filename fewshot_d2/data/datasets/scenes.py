@@ -37,9 +37,8 @@ class SceneSpec:
         num_images, seed: number of scenes and their seed.
         image_size: side of the square scene in pixels.
         glyph_size: longer side of an unscaled glyph in pixels.
-        target_classes: number of classes that may occur several times.
-        instances: number of instances of each of them.
-        extra_distractors: single glyphs of other classes beyond the number of target instances.
+        scene_classes: number of classes in a scene.
+        instances: number of instances of each of them, before no class may outnumber the others.
         rotation, shear: largest angle in degrees, either way.
         scale: largest factor of the glyph's size; the smallest is its inverse.
         min_visible: share of its ink that later glyphs leave of an instance.
@@ -54,9 +53,8 @@ class SceneSpec:
     seed: int
     image_size: int = 128
     glyph_size: float = 30.0
-    target_classes: tuple[int, int] = (1, 2)
+    scene_classes: tuple[int, int] = (2, 4)
     instances: tuple[int, int] = (1, 3)
-    extra_distractors: tuple[int, int] = (0, 2)
     rotation: float = 20.0
     shear: float = 10.0
     scale: float = 2.0
@@ -66,10 +64,13 @@ class SceneSpec:
 
     def __post_init__(self) -> None:
         check_ranges(self.source, self.classes, self.drawings)
-        needed = self.target_classes[1] * (1 + self.instances[1]) + self.extra_distractors[1]
-        if self.classes[1] - self.classes[0] < needed:
+        if self.scene_classes[0] < 2:
             raise ValueError(
-                f"classes must hold at least {needed} for one scene, got {self.classes}"
+                f"scene_classes must start at 2 for distractors, got {self.scene_classes}"
+            )
+        if self.classes[1] - self.classes[0] < self.scene_classes[1]:
+            raise ValueError(
+                f"classes must hold at least {self.scene_classes[1]} for one scene, got {self.classes}"
             )
 
     def categories(self) -> list[dict]:
@@ -175,14 +176,12 @@ def compose_scene(spec: SceneSpec, rng: np.random.Generator) -> Picture | None:
 
 def _draw_classes(spec: SceneSpec, rng: np.random.Generator) -> list[int]:
     """Class index of every glyph from the bottom to the top."""
-    counts = rng.integers(
-        *spec.instances, int(rng.integers(*spec.target_classes, endpoint=True)), endpoint=True
-    )
-    # Distractors are of one class each, so at least as many others surround any class.
-    distractors = int(counts.sum() + rng.integers(*spec.extra_distractors, endpoint=True))
-    counts = np.concatenate([counts, np.ones(distractors, int)])
+    num_classes = int(rng.integers(*spec.scene_classes, endpoint=True))
+    drawn = rng.integers(*spec.instances, num_classes, endpoint=True)
+    # Whichever class is searched has at least as many distractors as targets.
+    counts = np.minimum(drawn, drawn.sum() - drawn)
     population = spec.classes[1] - spec.classes[0]
-    chosen = spec.classes[0] + rng.choice(population, len(counts), replace=False)
+    chosen = spec.classes[0] + rng.choice(population, num_classes, replace=False)
     return rng.permutation(np.repeat(chosen, counts)).tolist()
 
 
