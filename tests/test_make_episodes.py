@@ -56,7 +56,7 @@ def test_tool_writes_and_names_one_plan_a_run(own_json, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--split", "novel:frok"], "make_episodes: split .* got 'frok' .*fork"),
-        (["--split", "all"], "make_episodes: plan must have at least one episode"),
+        (["--split", "all"], "make_episodes: --split all must have novel classes, got none"),
         (["--support-dataset", "nobody"], "data set must be registered, got 'nobody'"),
         (["--json", "none.json"], "annotation file must exist, got .*none.json"),
     ],

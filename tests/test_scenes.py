@@ -244,7 +244,7 @@ def test_scenes_are_what_they_were():
     boxes = [[row["category_id"], row["z_order"], *row["bbox"]] for scene in rows for row in scene]
     assert (
         canonical_sha256(boxes)
-        == "b2c909f8fa0a4a7b4d46c4b05a84d31f0d7df36c7d08b3a5b466372d5267c649"
+        == "51794bdefb2454bbc794133726a698e6a4dc69a56fe4a9c3506bfcd69c9ba4d0"
     )
 
 
@@ -366,8 +366,10 @@ def test_impossible_specs_are_refused():
         ValueError, match="drawings of .* must be a non-empty range, got \\(3, 3\\)"
     ):
         replace(SCENES, drawings=(3, 3))
-    with pytest.raises(ValueError, match="classes must hold at least 10 for one scene"):
-        replace(SCENES, classes=(0, 9))
+    with pytest.raises(ValueError, match="classes must hold at least 4 for one scene"):
+        replace(SCENES, classes=(0, 3))
+    with pytest.raises(ValueError, match="scene_classes must start at 2"):
+        replace(SCENES, scene_classes=(1, 3))
     with pytest.raises(ValueError, match="a scene must have room for its glyphs, .* scene 0"):
         replace(SCENES, image_size=8).picture(0)
     with pytest.raises(ValueError, match="classes of .* must be a non-empty range"):

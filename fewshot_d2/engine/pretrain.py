@@ -1,6 +1,6 @@
 """Pre-training of what encodes supports, for detectors that start without weights.
 
-The paper starts from a backbone that was trained to tell objects apart, without the novel classes (5.1). Where there are
+The paper starts from a backbone trained to tell objects apart, without the novel classes (5.1). Where there are
 no such weights, episodes alone leave a from-scratch detector at chance for long: it learns to find objects, but the few
 comparisons of a scene do not teach what makes two of them alike. Here one step compares many classes, on crops that
 cost little.
