@@ -57,6 +57,9 @@ def check_config(cfg: CN) -> None:
         ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
         ("SOLVER.CLIP_GRADIENTS.ENABLED", (cfg.SOLVER.CLIP_GRADIENTS.ENABLED,), (False,)),
         ("INPUT.CROP.ENABLED", (cfg.INPUT.CROP.ENABLED,), (False,)),
+        ("TEST.PRECISE_BN.ENABLED", (cfg.TEST.PRECISE_BN.ENABLED,), (False,)),
+        ("SOLVER.BIAS_LR_FACTOR", (cfg.SOLVER.BIAS_LR_FACTOR,), (1.0, None)),
+        ("SOLVER.WEIGHT_DECAY_BIAS", (cfg.SOLVER.WEIGHT_DECAY_BIAS,), (None,)),
     ):
         wrong = [value for value in values if value not in allowed]
         if wrong:

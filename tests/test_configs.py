@@ -63,6 +63,9 @@ def test_there_are_configs():
         ("FEWSHOT.RESIZE_RULE", "papr"),
         ("INPUT.RANDOM_FLIP", "vertical"),
         ("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+        ("TEST.PRECISE_BN.ENABLED", True),
+        ("SOLVER.BIAS_LR_FACTOR", 2.0),
+        ("SOLVER.WEIGHT_DECAY_BIAS", 0.1),
         ("FEWSHOT.SUPPORT.SIZE", 100),
     ],
 )

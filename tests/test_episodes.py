@@ -272,7 +272,11 @@ def test_evaluation_leaves_broken_images_out_and_goes_on(dataset, caplog):
     plan = make_test_plan()
     victim = build_factory(NAME, NAME).query_index.dicts[5]
     break_image(victim["file_name"], "truncated")
-    queries = [query for batch in EpisodicTestLoader(config(), plan) for query in batch]
+    queries = [
+        query
+        for batch in EpisodicTestLoader(config(), plan, build_factory(NAME, NAME))
+        for query in batch
+    ]
     lost = {e.id for e in plan.episodes} - {query["episode_id"] for query in queries}
     planned = next(e.id for e in plan.episodes if e.image_id == victim["image_id"])
     assert planned in lost and len(queries) > 0
@@ -281,7 +285,11 @@ def test_evaluation_leaves_broken_images_out_and_goes_on(dataset, caplog):
 
 def test_planned_episodes_are_what_the_plan_says(dataset):
     plan = make_test_plan()
-    queries = [query for batch in EpisodicTestLoader(config(), plan) for query in batch]
+    queries = [
+        query
+        for batch in EpisodicTestLoader(config(), plan, build_factory(NAME, NAME))
+        for query in batch
+    ]
     assert [q["image_id"] for q in queries] == [e.image_id for e in plan.episodes]
     assert [tuple(q["support"].class_ids) for q in queries] == [e.class_ids for e in plan.episodes]
     assert all("instances" not in q and q["image"].shape[2] == 64 for q in queries)
@@ -295,7 +303,7 @@ def test_plan_of_another_dataset_is_refused(dataset, tmp_path_factory):
     MetadataCatalog.remove(NAME)
     register_instances(NAME, str(other / "instances.json"), str(other))
     with pytest.raises(ValueError, match="plan"):
-        EpisodicTestLoader(config(), plan)
+        EpisodicTestLoader(config(), plan, build_factory(NAME, NAME))
 
 
 def test_split_of_other_categories_for_testing_is_refused(dataset, tmp_path_factory):

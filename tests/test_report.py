@@ -146,10 +146,19 @@ def test_report_without_masks_training_or_runs(dataset, tmp_path):
     facts = ReportFacts(metrics_file=tmp_path / "metrics.json")
     write_report(tmp_path / "report.html", rows, facts, gallery_size=0)
     text = (tmp_path / "report.html").read_text()
-    for absent in ("mask AP50", "<h2>Training</h2>", "AUROC", "Pictures", "image/jpeg"):
+    for absent in ("mask AP50", "<h2>Training</h2>", "AUROC", "IoU", "Pictures", "image/jpeg"):
         assert absent not in text
     with pytest.raises(ValueError, match="at least one run"):
         ReportRow("empty", [])
+
+
+def test_single_target_scores_are_in_the_summary(dataset, tmp_path):
+    rows = rows_of(*dataset, protocol="present", masks=False)[:1]
+    for run in rows[0].runs:
+        run.results["localization"] = {"mask_iou": 61.4, "localization_accuracy": 83.0}
+    write_report(tmp_path / "report.html", rows, ReportFacts(), gallery_size=0)
+    text = (tmp_path / "report.html").read_text()
+    assert "IoU of the best" in text and "61.4" in text and "83.0" in text
 
 
 def test_pictures_that_cannot_be_read_are_left_out(dataset, caplog):

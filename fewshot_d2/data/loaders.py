@@ -177,9 +177,8 @@ class EpisodicTrainLoader:
 class EpisodicTestLoader:
     """Batches of one planned query; episodes that cannot be read are logged and left out."""
 
-    def __init__(self, cfg: CfgNode, plan: EvaluationPlan):
-        """Check the plan against its data sets and open it."""
-        factory = build_factory(plan.dataset, plan.support_dataset)
+    def __init__(self, cfg: CfgNode, plan: EvaluationPlan, factory: EpisodeFactory):
+        """Check the plan against the indices of its data sets (``build_factory``) and open it."""
         plan.check(factory.query_index, factory.support_index, plan.dataset)
         episodes = PlannedEpisodes(plan, factory, build_mapper(cfg, is_train=False))
         self.loader = build_detection_test_loader(

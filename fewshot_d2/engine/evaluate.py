@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..checkpoint import FewShotCheckpointer
 from ..data.datasets.cluttered_omniglot import cluttered_omniglot_plan
-from ..data.loaders import EpisodicTestLoader, build_plans
+from ..data.episodes import EpisodeFactory
+from ..data.loaders import EpisodicTestLoader, build_factory, build_plans
 from ..data.plans import EvaluationPlan
 from ..data.splits import classes_of_side
 from ..evaluation.baselines import detection_shift, gt_shift
@@ -71,6 +73,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
 def evaluate_plans(cfg: CfgNode, model: nn.Module) -> list[ReportRow]:
     """Run every plan: a row for each (data set, side) and one for each baseline on it."""
     plans = evaluation_plans(cfg)
+    # Plans of the same data sets follow each other: they are read and indexed once.
+    factory_of = lru_cache(maxsize=1)(build_factory)
     runs: dict[tuple[str, str], list[EvaluatedRun]] = {}
     for number, plan in enumerate(plans, start=1):
         logger.info(
@@ -78,7 +82,8 @@ def evaluate_plans(cfg: CfgNode, model: nn.Module) -> list[ReportRow]:
             *(number, len(plans), plan.dataset, plan.protocol, plan.side),
             *(plan.shots, plan.seed, plan.run, plan.sha256),
         )
-        for baseline, run in evaluate_plan(cfg, model, plan).items():
+        factory = factory_of(plan.dataset, plan.support_dataset)
+        for baseline, run in evaluate_plan(cfg, model, plan, factory).items():
             runs.setdefault((f"{plan.dataset}/{plan.side}", baseline), []).append(run)
     return [
         ReportRow(f"{group}/{baseline}" if baseline else group, of_row, is_baseline=bool(baseline))
@@ -86,7 +91,9 @@ def evaluate_plans(cfg: CfgNode, model: nn.Module) -> list[ReportRow]:
     ]
 
 
-def evaluate_plan(cfg: CfgNode, model: nn.Module, plan: EvaluationPlan) -> dict[str, EvaluatedRun]:
+def evaluate_plan(
+    cfg: CfgNode, model: nn.Module, plan: EvaluationPlan, factory: EpisodeFactory
+) -> dict[str, EvaluatedRun]:
     """The model's run under "" and each baseline's under its name; empty off the main process."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     threshold = cfg.FEWSHOT.TEST.PRESENCE_THRESHOLD
@@ -97,7 +104,7 @@ def evaluate_plan(cfg: CfgNode, model: nn.Module, plan: EvaluationPlan) -> dict[
         output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / Path(plan.file_name).stem),
         presence_threshold=threshold,
     )
-    results = inference_on_dataset(model, EpisodicTestLoader(cfg, plan), evaluator)
+    results = inference_on_dataset(model, EpisodicTestLoader(cfg, plan, factory), evaluator)
     if not comm.is_main_process():
         return {}
     runs = {"": EvaluatedRun(plan, results, evaluator.detections)}

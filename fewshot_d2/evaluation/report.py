@@ -91,6 +91,8 @@ def _summary(rows: Sequence[ReportRow], notes: str) -> str:
         "box AP": ("bbox", "AP"),
         "mask AP50": ("segm", "AP50"),
         "mask AP": ("segm", "AP"),
+        "IoU of the best": ("localization", "mask_iou"),
+        "localised": ("localization", "localization_accuracy"),
         "AUROC": ("presence", "AUROC"),
         "FP / image": ("presence", "false_positives_per_image"),
     }
