@@ -19,7 +19,14 @@ REQUIREMENTS = [
     "tensorboard>=2.9",
 ]
 EXTRAS = {
-    "test": ["pytest>=7", "pytest-xdist>=3", "ruff>=0.6", "scikit-learn>=1.2", "scipy>=1.9"],
+    "test": [
+        "pytest>=7",
+        "pytest-xdist>=3",
+        "ruff>=0.6",
+        "scikit-learn>=1.2",
+        "scipy>=1.9",
+        "pytorch-metric-learning>=2.5",
+    ],
     "timm": ["timm>=1.0"],
     "retrieval": ["faiss-cpu>=1.8"],
     "app": ["gradio>=4"],

@@ -64,6 +64,12 @@ def check_config(cfg: CN) -> None:
         wrong = [value for value in values if value not in allowed]
         if wrong:
             raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
+    pretrain = cfg.FEWSHOT.PRETRAIN
+    for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
+        if pretrain[key] < least:
+            raise ValueError(
+                f"FEWSHOT.PRETRAIN.{key} must be at least {least}, got {pretrain[key]}"
+            )
     if cfg.FEWSHOT.SUPPORT.SIZE % 32:
         raise ValueError(
             f"FEWSHOT.SUPPORT.SIZE must be a multiple of 32, got {cfg.FEWSHOT.SUPPORT.SIZE}"
@@ -110,8 +116,8 @@ def _add_support(node: CN) -> None:
 
 def _add_pretraining(node: CN) -> None:
     node.PRETRAIN = CN()
-    # Steps of contrast between crops of base classes before the first episode, for detectors without
-    # MODEL.WEIGHTS; 0 = none (paper: a backbone trained on ImageNet without COCO's classes).
+    # Steps of contrast between crops of base classes before the first episode, without MODEL.WEIGHTS;
+    # 0 = none (paper: a backbone trained on ImageNet without COCO's classes). AdamW with a cosine.
     node.PRETRAIN.MAX_ITER = 0
     # Classes that a process compares in a step, two crops of each.
     node.PRETRAIN.NUM_CLASSES = 64

@@ -8,7 +8,12 @@ from factories import tiny_config
 from torch.testing import assert_close
 from torchvision import models
 
-from fewshot_d2.modeling.backbones import TFSameConv2d, torchvision_features, use_tf_padding
+from fewshot_d2.modeling.backbones import (
+    TFSameConv2d,
+    timm_features,
+    torchvision_features,
+    use_tf_padding,
+)
 
 FOUR_MAPS = ["res2", "res3", "res4", "res5"]
 TORCHVISION = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone")
@@ -47,6 +52,20 @@ def test_timm_backbone():
     backbone = build_backbone(tiny_config(*timm, "MODEL.FPN.IN_FEATURES", FOUR_MAPS)).eval()
     maps = backbone(torch.zeros(1, 3, 64, 64))
     assert [m.shape[-1] for m in maps.values()] == [16, 8, 4, 2, 1]
+
+
+@torch.no_grad()
+def test_frozen_timm_backbone_keeps_its_activations(rng):
+    """Norms of this model hold its activations, which a plain frozen norm would lose."""
+    pytest.importorskip("timm", reason="the extra 'timm' is not installed")
+    images, maps = torch.randn(1, 3, 64, 64, generator=rng), []
+    for norm in ("BN", "FrozenBN"):
+        torch.manual_seed(0)
+        features = timm_features("mobilenetv3_small_050", weights="", norm=norm).eval()
+        maps.append(features(images))
+    assert maps[0]["res5"].abs().max() > 0
+    for name, expected in maps[0].items():
+        assert_close(maps[1][name], expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

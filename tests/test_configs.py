@@ -67,6 +67,9 @@ def test_there_are_configs():
         ("SOLVER.BIAS_LR_FACTOR", 2.0),
         ("SOLVER.WEIGHT_DECAY_BIAS", 0.1),
         ("FEWSHOT.SUPPORT.SIZE", 100),
+        ("FEWSHOT.PRETRAIN.MAX_ITER", -1),
+        ("FEWSHOT.PRETRAIN.NUM_CLASSES", 1),
+        ("FEWSHOT.PRETRAIN.TEMPERATURE", -0.1),
     ],
 )
 def test_values_that_would_fail_late_or_do_nothing_are_refused(key, value):

@@ -37,21 +37,35 @@ def test_matched_features_equal_loops(rng):
     assert_close(matched_features(features, vectors, weight, bias), torch.stack(expected))
 
 
-def test_pyramid_matching_equals_the_written_out_formula(rng):
-    """Splitting W [P, D] into W1 P + W2 D must not change anything, whichever pairs are asked for."""
+@pytest.mark.parametrize("query", [[0, 1, 1, 0], [1, 1, 1, 1]], ids=["mixed", "one query"])
+def test_pyramid_matching_equals_the_written_out_formula(rng, query):
+    """Splitting W [P, D] into W1 P + W2 D must change neither values nor gradients, whichever pairs are asked for."""
     matching = PyramidMatching(levels=["p2", "p3"], in_channels=4, out_channels=5)
     pyramid = {
-        "p2": torch.randn(2, 4, 6, 5, generator=rng),
-        "p3": torch.randn(2, 4, 3, 3, generator=rng),
+        "p2": torch.randn(2, 4, 6, 5, generator=rng, requires_grad=True),
+        "p3": torch.randn(2, 4, 3, 3, generator=rng, requires_grad=True),
     }
-    vectors = {level: torch.randn(3, 4, generator=rng) for level in pyramid}
-    pairs = Pairs(query=[0, 1, 1, 0], episode_class=[0, 0, 1, 1], support=[0, 1, 2, 2])
+    vectors = {level: torch.randn(3, 4, generator=rng, requires_grad=True) for level in pyramid}
+    pairs = Pairs(query=query, episode_class=[0, 0, 1, 1], support=[0, 1, 2, 2])
     matched, _ = matching(matching.share(pyramid), vectors, pairs)
     for level, conv in matching.reduce.items():
         expected = matched_features(
             pyramid[level][pairs.query], vectors[level][pairs.support], conv.weight, conv.bias
         )
         assert_close(matched[level], expected)
+        inputs = [pyramid[level], vectors[level], conv.weight, conv.bias]
+        weight = torch.randn(expected.shape, generator=rng)
+        gradients = [
+            torch.autograd.grad((weight * result).sum(), inputs)
+            for result in (matched[level], expected)
+        ]
+        for ours, written_out in zip(*gradients, strict=True):
+            assert_close(ours, written_out, atol=1e-5, rtol=1e-4)
+
+
+def test_sharing_is_worth_it_once_the_saved_channels_outnumber_the_shared_ones():
+    matching = PyramidMatching(levels=["p2"], in_channels=256, out_channels=384)
+    assert [matching.is_worth_sharing(k) for k in (1, 2, 3)] == [False, False, True]
 
 
 def test_split_rpn_convolution_equals_the_plain_one(rng):

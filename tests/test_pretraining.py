@@ -1,20 +1,28 @@
 """Pre-training on pairs of examples: its loss, its data, and what it leaves in a detector."""
 
 import math
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from factories import tiny_config, tiny_model, write_set
+from factories import random_support_set, tiny_config, tiny_model, write_set
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from fewshot_d2 import Support
+from fewshot_d2.checkpoint import FewShotCheckpointer
 from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.data.loaders import build_training_episodes
 from fewshot_d2.data.support_pairs import SupportPairs
+from fewshot_d2.engine import pretrain, trainer
 from fewshot_d2.engine.pretrain import pretrain_supports
 from fewshot_d2.modeling.losses import support_contrast
+from fewshot_d2.transforms import SupportCrop
 
 NAME = "pretraining_test_set"
 TEMPERATURE = 0.1
@@ -59,19 +67,82 @@ def folder(tmp_path):
 def config(*more):
     return tiny_config(
         *("DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "FEWSHOT.SPLIT", "novel:b"),
+        *("FEWSHOT.SUPPORT.DATASETS_TEST", ()),
         *("FEWSHOT.SUPPORT.DATASET_TRAIN", "", "FEWSHOT.PRETRAIN.MAX_ITER", 3),
         *("MODEL.RESNETS.NORM", "FrozenBN", *more),
     )
 
 
-def test_pairs_are_other_examples_of_the_same_base_classes(folder):
-    pairs = SupportPairs(build_training_episodes(config()), num_classes=3)
-    for number in range(30):
+def same_crop(support, record, annotation):
+    x, y, width, height = (int(v) for v in annotation["bbox"])
+    pixels = np.asarray(Image.open(record["file_name"]).convert("RGB"))[
+        y : y + height, x : x + width
+    ]
+    raw = Support(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    return torch.equal(SupportCrop(size=32, min_size=32, rule="paper")(raw).image, support.image)
+
+
+@pytest.mark.parametrize("form", ["crop", "image"])
+def test_pairs_are_two_examples_of_the_same_base_classes(folder, form):
+    """Pictures are noise, so a crop is known by its pixels."""
+    episodes = build_training_episodes(config("FEWSHOT.SUPPORT.FORM", form))
+    pairs = SupportPairs(episodes, num_classes=3)
+    category = {i: c for c, i in episodes.factory.contiguous_ids.items()}
+    annotations = [(d, a) for d in DatasetCatalog.get(NAME) for a in d["annotations"]]
+    for number in range(8):
         first, second = pairs.pair(number)
         assert first.class_ids == second.class_ids and set(first.class_ids) == {5, 12, 90}
-        for (one,), (other,) in zip(first.examples, second.examples, strict=True):
-            # Pictures are noise, so only the very same crop has the same pixels.
+        for class_id, (one,), (other,) in zip(
+            first.class_ids, first.examples, second.examples, strict=True
+        ):
             assert not torch.equal(one.image, other.image)
+            for support in (one, other):
+                sources = {
+                    category[a["category_id"]] for d, a in annotations if same_crop(support, d, a)
+                }
+                assert sources == {class_id}
+
+
+def test_one_example_is_of_the_supports_and_one_of_the_queries(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("supports")
+    write_set(other, seed=1)
+    register_instances(f"{NAME}_support", str(other / "instances.json"), str(other))
+    try:
+        episodes = build_training_episodes(
+            config("FEWSHOT.SUPPORT.DATASET_TRAIN", f"{NAME}_support")
+        )
+        first, second = SupportPairs(episodes, num_classes=3).pair(0)
+        for support_set, name in ((first, f"{NAME}_support"), (second, NAME)):
+            records = DatasetCatalog.get(name)
+            for (support,) in support_set.examples:
+                assert any(same_crop(support, d, a) for d in records for a in d["annotations"])
+    finally:
+        DatasetCatalog.remove(f"{NAME}_support")
+        MetadataCatalog.remove(f"{NAME}_support")
+
+
+def test_processes_draw_their_own_pairs(folder, monkeypatch):
+    episodes = build_training_episodes(config())
+    monkeypatch.setattr("fewshot_d2.data.support_pairs.comm.get_rank", lambda: 1)
+    monkeypatch.setattr("fewshot_d2.data.support_pairs.comm.get_world_size", lambda: 2)
+    pairs = SupportPairs(episodes, num_classes=3)
+    stream = iter(pairs)
+    assert_same_pair(next(stream), pairs.pair(1))
+    assert_same_pair(next(stream), pairs.pair(3))
+
+
+def assert_same_pair(pair, other):
+    for ours, theirs in zip(pair, other, strict=True):
+        assert ours.class_ids == theirs.class_ids
+        for (a,), (b,) in zip(ours.examples, theirs.examples, strict=True):
+            assert torch.equal(a.image, b.image)
+
+
+def test_class_in_one_image_only_is_left_out(folder):
+    episodes = build_training_episodes(config())
+    index = episodes.factory.query_index
+    index._images[12] = index._images[12][:1]
+    assert SupportPairs(episodes, num_classes=64).class_ids == [5, 90]
 
 
 def test_pairs_are_the_same_for_any_number_of_workers(folder):
@@ -82,31 +153,63 @@ def test_pairs_are_the_same_for_any_number_of_workers(folder):
         seen.append([next(loader) for _ in range(5)])
     for other in seen[1:]:
         for pair, twin in zip(seen[0], other, strict=True):
-            for ours, theirs in zip(pair, twin, strict=True):
-                assert ours.class_ids == theirs.class_ids
-                assert all(
-                    torch.equal(a.image, b.image)
-                    for (a,), (b,) in zip(ours.examples, theirs.examples, strict=True)
-                )
+            assert_same_pair(pair, twin)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_worker_does_not_keep_a_file_open_for_every_crop(folder):
+    """torch shares what a worker sends; a cache of shared tensors ends at the limit of open files."""
+    pairs = SupportPairs(build_training_episodes(config()), num_classes=3)
+    loader = iter(DataLoader(pairs, None, num_workers=1, collate_fn=lambda pair: pair))
+    opened = []
+    for _ in range(2):
+        for _ in range(20):
+            next(loader)
+        opened.append(len(os.listdir(f"/proc/{loader._workers[0].pid}/fd")))
+    assert opened[1] <= opened[0] + 12
 
 
 def test_one_class_cannot_be_compared(folder):
     episodes = build_training_episodes(config("FEWSHOT.SPLIT", "novel:b,c,d"))
-    with pytest.raises(ValueError, match="at least 2 classes"):
+    with pytest.raises(ValueError, match="at least 2 base classes"):
         SupportPairs(episodes, num_classes=8)
 
 
-def test_weights_and_statistics_reach_the_frozen_model_and_heads_stay(folder):
-    cfg = config()
+def test_weights_and_statistics_reach_the_frozen_model_and_heads_stay(folder, monkeypatch):
+    twins = []
+    build = pretrain.build_model
+    monkeypatch.setattr(pretrain, "build_model", lambda cfg: twins.append(build(cfg)) or twins[-1])
+    cfg = config("MODEL.BACKBONE.FREEZE_AT", 2)
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pretrain_supports(cfg, model, build_training_episodes(cfg))
     after = model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(name.startswith("backbone.") for name in moved)
-    for part in ("conv1.weight", "norm.running_mean", "norm.running_var", "fpn_output2.weight"):
+    for part in (
+        "stem.conv1.weight",
+        "norm.running_mean",
+        "norm.running_var",
+        "fpn_output2.weight",
+    ):
         assert any(name.endswith(part) for name in moved), part
     assert not any(type(m).__name__.startswith("BatchNorm") for m in model.modules())
+    support = random_support_set(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        frozen, living = (m.eval().encode_support([support]).tensors for m in (model, twins[0]))
+    for level, tensor in frozen.items():
+        torch.testing.assert_close(tensor, living[level], atol=1e-5, rtol=1e-4)
+
+
+def test_given_weights_are_not_pretrained_over(folder, tmp_path, monkeypatch):
+    model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
+    FewShotCheckpointer(model, str(tmp_path / "given")).save("model")
+    monkeypatch.setattr(trainer, "pretrain_supports", lambda *_: pytest.fail("pre-trained over"))
+    weights = str(tmp_path / "given" / "model.pth")
+    cfg = config("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 1)
+    run = trainer.EpisodicTrainer(cfg)
+    run.resume_or_load(resume=False)
+    run.train()
 
 
 def pretrain_part(rank, folder):

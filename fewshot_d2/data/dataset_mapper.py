@@ -18,7 +18,8 @@ from .episodes import Episode
 
 EPISODIC_MAPPER_REGISTRY = Registry("EPISODIC_MAPPER")
 EPISODIC_MAPPER_REGISTRY.__doc__ = """
-Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``.
+Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``. Pre-training also
+calls ``support(record, annotation)`` and ``support_crop``.
 """
 
 _SUPPORT_FORMS = ("crop", "image")

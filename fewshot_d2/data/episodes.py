@@ -62,6 +62,11 @@ class EpisodeFactory:
         self.names = names
         self.contiguous_ids = contiguous_ids
 
+    @property
+    def is_one_set(self) -> bool:
+        """Whether queries and supports are of the same images."""
+        return self.query_index.dicts is self.support_index.dicts
+
     def build(
         self,
         image_index: int,
@@ -134,8 +139,7 @@ class TrainingEpisodes:
         image_index = int(self._epoch_order(epoch)[position])
         rng = np.random.default_rng((self.seed, number, 0))
         classes = self._draw_classes(rng, image_index)
-        same_set = self.factory.query_index.dicts is self.factory.support_index.dicts
-        exclude = (image_index,) if self.exclude_query and same_set else ()
+        exclude = (image_index,) if self.exclude_query and self.factory.is_one_set else ()
         supports = [
             self.factory.support_index.draw_support(rng, c, self.num_shots, exclude)
             for c in classes

@@ -6,6 +6,7 @@ learns on cheap crops what it must recognise in whole scenes.
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..structures import Support, SupportSet
 from .episodes import TrainingEpisodes
 from .index import InstanceIndex
 
-# Crops kept in memory: they are small, and every class is drawn again and again.
+# Pixels that a process keeps, its workers together: crops are small, and every class is drawn again and again.
 _CACHED_BYTES = 256 << 20
 _Crop = Callable[[InstanceIndex, int, int], Support]
 
@@ -28,41 +29,55 @@ class SupportPairs(IterableDataset):
         """Take the classes, indices and mapper of the training episodes; K is ``num_classes`` or all there are.
 
         Raises:
-            ValueError: fewer than two classes, which leaves nothing to tell apart.
+            ValueError: fewer than two classes have two examples, which leaves nothing to tell apart.
         """
         self.episodes = episodes
-        self.num_classes = min(num_classes, len(episodes.class_ids))
+        index = episodes.factory.query_index
+        # Of a class in one image only, an example would be paired with itself.
+        self.class_ids = [
+            c
+            for c in episodes.class_ids
+            if not episodes.factory.is_one_set or len(index.images_with(c)) > 1
+        ]
+        self.num_classes = min(num_classes, len(self.class_ids))
         if self.num_classes < 2:
             raise ValueError(
-                f"pre-training must have at least 2 classes a step, got {self.num_classes}"
+                "FEWSHOT.PRETRAIN must have at least 2 base classes with examples in two images, "
+                f"got {self.num_classes}"
             )
         # Workers that are spawned could not ask for it.
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[tuple[SupportSet, SupportSet]]:
         worker = get_worker_info()
-        step, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        crop_bytes = 3 * self.episodes.mapper.support_crop.size**2
-        crop = lru_cache(maxsize=_CACHED_BYTES // crop_bytes)(self._crop)
-        for own_step in itertools.count(step, stride):
-            yield self.pair(own_step * self.world_size + self.rank, crop)
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        kept_bytes = 3 * self.episodes.mapper.support_crop.size**2 * step
+        cached = lru_cache(maxsize=max(_CACHED_BYTES // kept_bytes, 1))(self._crop)
+
+        def copied(*place: InstanceIndex | int) -> Support:
+            # A worker moves what it sends into shared memory, an open file each: never the cached one.
+            crop = cached(*place)
+            return replace(crop, image=crop.image.clone())
+
+        for own_step in itertools.count(first, step):
+            yield self.pair(own_step * self.world_size + self.rank, copied)
 
     def pair(self, number: int, crop: _Crop | None = None) -> tuple[SupportSet, SupportSet]:
         """Draw pair ``number``; the result depends on the seed and the number alone."""
         factory, crop = self.episodes.factory, crop or self._crop
         rng = np.random.default_rng((self.episodes.seed, number, 3))
-        classes = rng.choice(self.episodes.class_ids, self.num_classes, replace=False).tolist()
-        same_set = factory.query_index.dicts is factory.support_index.dicts
-        first, second = [], []
+        classes = rng.choice(self.class_ids, self.num_classes, replace=False).tolist()
+        examples: list[list[Support]] = []
+        others: list[list[Support]] = []
         for class_id in classes:
             ((image, position),) = factory.support_index.draw_support(rng, class_id, 1)
-            exclude = (image,) if same_set else ()
+            exclude = (image,) if factory.is_one_set else ()
             (other,) = factory.query_index.draw_support(rng, class_id, 1, exclude)
-            first.append([crop(factory.support_index, image, position)])
-            second.append([crop(factory.query_index, *other)])
+            examples.append([crop(factory.support_index, image, position)])
+            others.append([crop(factory.query_index, *other)])
         names = [factory.names[c] for c in classes]
-        return SupportSet(classes, names, first), SupportSet(classes, names, second)
+        return SupportSet(classes, names, examples), SupportSet(classes, names, others)
 
     def _crop(self, index: InstanceIndex, image_index: int, position: int) -> Support:
-        record = index.dicts[image_index]
-        return self.episodes.mapper.support(record, record["annotations"][position])
+        mapper, record = self.episodes.mapper, index.dicts[image_index]
+        return mapper.support_crop(mapper.support(record, record["annotations"][position]))

@@ -91,12 +91,15 @@ def pretrain_supports(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEp
 
 
 def pretraining_config(cfg: CfgNode) -> CfgNode:
-    """The config with the schedule of FEWSHOT.PRETRAIN, norms that learn and one rate for all."""
+    """The config with the schedule of FEWSHOT.PRETRAIN and nothing frozen; without mixed precision."""
     schedule, node = cfg.clone(), cfg.FEWSHOT.PRETRAIN
     schedule.defrost()
     for backbone in (schedule.MODEL.RESNETS, schedule.MODEL.TORCHVISION, schedule.MODEL.TIMM):
         backbone.NORM = "BN" if backbone.NORM == "FrozenBN" else backbone.NORM
+    schedule.MODEL.BACKBONE.FREEZE_AT = 0
     schedule.SOLVER.update(
+        OPTIMIZER="ADAMW",
+        LR_SCHEDULER_NAME="WarmupCosineLR",
         MAX_ITER=node.MAX_ITER,
         BASE_LR=node.BASE_LR,
         WARMUP_ITERS=node.MAX_ITER // 5,

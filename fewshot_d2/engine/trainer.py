@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -36,11 +36,10 @@ class EpisodicTrainer(DefaultTrainer):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
-        from_scratch = not cfg.MODEL.WEIGHTS and not cfg.FEWSHOT.PRETRAIN.MAX_ITER
-        if cfg.MODEL.RESNETS.NORM == "FrozenBN" and from_scratch:
+        if _has_blind_norms(cfg):
             logger.warning(
-                "No MODEL.WEIGHTS: norms of a detectron2 ResNet are frozen before they have seen an image; "
-                "give pre-trained weights or set MODEL.RESNETS.NORM to BN to train from scratch"
+                "No weights: norms are frozen before they have seen an image; give MODEL.WEIGHTS, set "
+                "FEWSHOT.PRETRAIN.MAX_ITER, or set the backbone's NORM to BN to train from scratch"
             )
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -67,8 +66,12 @@ class EpisodicTrainer(DefaultTrainer):
         return evaluate(cfg, model)
 
     def train(self) -> Any:
-        """Pre-train on supports if FEWSHOT.PRETRAIN says so and nothing is resumed, then train on episodes."""
-        if self.start_iter == 0 and self.cfg.FEWSHOT.PRETRAIN.MAX_ITER > 0:
+        """Pre-train on supports where FEWSHOT.PRETRAIN says so and there are no weights, then train on episodes."""
+        if (
+            self.start_iter == 0
+            and self.cfg.FEWSHOT.PRETRAIN.MAX_ITER
+            and not self.cfg.MODEL.WEIGHTS
+        ):
             episodes = self._trainer.data_loader.episodes
             pretrain_supports(self.cfg, self.checkpointer.model, episodes)
         return super().train()
@@ -80,8 +83,7 @@ class EpisodicTrainer(DefaultTrainer):
             ours.append(HeadsOnlyWarmup(self.optimizer, self.cfg.SOLVER.HEADS_ONLY_ITERS))
         if self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
             ours.append(TrainingPictures(self.cfg, self.checkpointer.model))
-        theirs = [h for h in super().build_hooks() if not isinstance(h, hooks.PreciseBN)]
-        return ours + theirs
+        return ours + super().build_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration and hooks, and the optimizer, which detectron2 v0.6 leaves out."""
@@ -91,3 +93,14 @@ class EpisodicTrainer(DefaultTrainer):
         """Undo ``state_dict``."""
         super().load_state_dict(dict(state_dict))
         self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+def _has_blind_norms(cfg: CfgNode) -> bool:
+    """Whether the backbone's norms are frozen without weights or pre-training that would fill them."""
+    if cfg.MODEL.WEIGHTS or cfg.FEWSHOT.PRETRAIN.MAX_ITER:
+        return False
+    for name in ("TORCHVISION", "TIMM"):
+        if name.lower() in cfg.MODEL.BACKBONE.NAME:
+            node = cfg.MODEL[name]
+            return node.NORM == "FrozenBN" and not node.WEIGHTS
+    return cfg.MODEL.RESNETS.NORM == "FrozenBN"

@@ -3,7 +3,7 @@
 Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbone`` gives them, or fewer by key.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,7 @@ def torchvision_features(
 def timm_features(name: str, *, weights: str, norm: str) -> FeatureBackbone:
     """A timm model with ``features_only`` at strides 4, 8, 16 and 32; needs the extra ``timm``."""
     import timm
+    import timm.layers
 
     model = timm.create_model(name, pretrained=False)
     load_weights(model, weights)
@@ -136,7 +137,9 @@ def timm_features(name: str, *, weights: str, norm: str) -> FeatureBackbone:
             features.feature_info.reduction(), features.feature_info.channels(), strict=True
         )
     }
-    return FeatureBackbone(_NamedOutputs(_with_norm(features, norm), list(shapes)), shapes)
+    # timm's norms may hold an activation, which its own freezing keeps.
+    features = _with_norm(features, norm, freeze=timm.layers.freeze_batch_norm_2d)
+    return FeatureBackbone(_NamedOutputs(features, list(shapes)), shapes)
 
 
 class _NamedOutputs(nn.Module):
@@ -150,9 +153,13 @@ class _NamedOutputs(nn.Module):
         return dict(zip(self.names, self.model(images), strict=True))
 
 
-def _with_norm(model: nn.Module, norm: str) -> nn.Module:
+def _with_norm(
+    model: nn.Module,
+    norm: str,
+    freeze: Callable[[nn.Module], nn.Module] = FrozenBatchNorm2d.convert_frozen_batchnorm,
+) -> nn.Module:
     if norm == "FrozenBN":
-        return FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+        return freeze(model)
     if norm == "BN":
         return model
     raise ValueError(f"norm of the backbone must be 'BN' or 'FrozenBN', got {norm!r}")

@@ -38,7 +38,7 @@ class SceneSpec:
         image_size: side of the square scene in pixels.
         glyph_size: longer side of an unscaled glyph in pixels.
         scene_classes: number of classes in a scene.
-        instances: number of instances of each of them, before no class may outnumber the others.
+        instances: number of instances of each of them, cut where one class would outnumber all others.
         rotation, shear: largest angle in degrees, either way.
         scale: largest factor of the glyph's size; the smallest is its inverse.
         min_visible: share of its ink that later glyphs leave of an instance.
@@ -64,6 +64,10 @@ class SceneSpec:
 
     def __post_init__(self) -> None:
         check_ranges(self.source, self.classes, self.drawings)
+        for name in ("scene_classes", "instances"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must rise from at least 1, got ({low}, {high})")
         if self.scene_classes[0] < 2:
             raise ValueError(
                 f"scene_classes must start at 2 for distractors, got {self.scene_classes}"
