@@ -1,17 +1,21 @@
 """Small models, supports and batches for tests."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 from torch import nn
 
 from fewshot_d2 import Support, SupportSet, load_config
+from fewshot_d2.data.coco_json import register_instances
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs/siamese_mask_rcnn/scenes_glyphs.yaml"
@@ -74,6 +78,17 @@ def random_query(rng: torch.Generator, support: SupportSet, *, side: int = 64) -
         "instances": instances,
         "support": support,
     }
+
+
+@contextlib.contextmanager
+def registered_set(name: str, folder: Path) -> Iterator[Path]:
+    """Give the json and pictures of ``folder`` a name for as long as the context lasts."""
+    register_instances(name, str(folder / "instances.json"), str(folder))
+    try:
+        yield folder
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def write_set(folder: Path, num_images: int = 12, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
-from factories import CATEGORIES, tiny_config, write_set
+from factories import CATEGORIES, registered_set, tiny_config, write_set
 from PIL import Image
 
 from fewshot_d2.data import dataset_mapper
@@ -28,10 +28,8 @@ NAME = "episodes_test_set"
 @pytest.fixture
 def dataset(tmp_path):
     write_set(tmp_path)
-    register_instances(NAME, str(tmp_path / "instances.json"), str(tmp_path))
-    yield tmp_path
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    with registered_set(NAME, tmp_path):
+        yield tmp_path
 
 
 def config(*overrides):
@@ -311,15 +309,12 @@ def test_split_of_other_categories_for_testing_is_refused(dataset, tmp_path_fact
     write_set(other, num_images=4)
     text = (other / "instances.json").read_text().replace('"name": "d"', '"name": "z"')
     (other / "instances.json").write_text(text)
-    register_instances("other_test_set", str(other / "instances.json"), str(other))
-    try:
-        with pytest.raises(ValueError, match="same categories"):
-            build_training_episodes(
-                config("FEWSHOT.SPLIT", "every_4th:1", "DATASETS.TEST", ("other_test_set",))
-            )
-    finally:
-        DatasetCatalog.remove("other_test_set")
-        MetadataCatalog.remove("other_test_set")
+    cfg = config("FEWSHOT.SPLIT", "every_4th:1", "DATASETS.TEST", ("other_test_set",))
+    with (
+        registered_set("other_test_set", other),
+        pytest.raises(ValueError, match="same categories"),
+    ):
+        build_training_episodes(cfg)
 
 
 def test_unknown_forms_are_refused(dataset):

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from factories import random_support_set, tiny_config, tiny_model, write_set
+from detectron2.data import DatasetCatalog
+from factories import random_support_set, registered_set, tiny_config, tiny_model, write_set
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -58,10 +58,8 @@ def test_contrast_is_blind_to_offset_and_scale_and_knows_perfection(rng):
 @pytest.fixture
 def folder(tmp_path):
     write_set(tmp_path)
-    register_instances(NAME, str(tmp_path / "instances.json"), str(tmp_path))
-    yield tmp_path
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    with registered_set(NAME, tmp_path):
+        yield tmp_path
 
 
 def config(*more):
@@ -106,8 +104,7 @@ def test_pairs_are_two_examples_of_the_same_base_classes(folder, form):
 def test_one_example_is_of_the_supports_and_one_of_the_queries(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("supports")
     write_set(other, seed=1)
-    register_instances(f"{NAME}_support", str(other / "instances.json"), str(other))
-    try:
+    with registered_set(f"{NAME}_support", other):
         episodes = build_training_episodes(
             config("FEWSHOT.SUPPORT.DATASET_TRAIN", f"{NAME}_support")
         )
@@ -116,9 +113,6 @@ def test_one_example_is_of_the_supports_and_one_of_the_queries(folder, tmp_path_
             records = DatasetCatalog.get(name)
             for (support,) in support_set.examples:
                 assert any(same_crop(support, d, a) for d in records for a in d["annotations"])
-    finally:
-        DatasetCatalog.remove(f"{NAME}_support")
-        MetadataCatalog.remove(f"{NAME}_support")
 
 
 def test_processes_draw_their_own_pairs(folder, monkeypatch):

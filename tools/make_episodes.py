@@ -58,7 +58,7 @@ def write_plans(args: argparse.Namespace) -> None:
         dataset=args.dataset,
         support_dataset=support_dataset,
         split=args.split,
-        side=args.side,
+        sides=(args.side,),
         runs=args.runs,
         protocol=args.protocol,
         shots=args.shots,

@@ -163,6 +163,12 @@ class TrainingEpisodes:
         return self._order
 
 
+def worker_place() -> tuple[int, int]:
+    """Number of this loader worker and of all of them: batch ``number`` is followed by ``number + all``."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
 class EpisodeStream(IterableDataset):
     """The endless stream of mapped episodes of one process, cut into batches before workers share them out.
 
@@ -180,9 +186,7 @@ class EpisodeStream(IterableDataset):
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for batch in itertools.count(first, step):
+        for batch in itertools.count(*worker_place()):
             begin = self.start + (batch * self.world_size + self.rank) * self.batch_size
             for number in range(begin, begin + self.batch_size):
                 yield self.episodes[number]

@@ -72,28 +72,38 @@ def build_factory(
 
 
 def build_plans(
-    *, dataset: str, support_dataset: str, split: str, side: str, runs: int, **options: Any
+    *,
+    dataset: str,
+    support_dataset: str,
+    split: str,
+    sides: Iterable[str],
+    runs: int,
+    **options: Any,
 ) -> list[EvaluationPlan]:
-    """Plans of runs 0, 1, ... that differ in their supports; none for a side without classes.
+    """Plans of runs 0, 1, ... that differ in their supports, side after side; none for a side without classes.
 
     Args:
-        dataset, support_dataset, split, side, options: as of ``make_plan``.
+        dataset, support_dataset, split, sides, options: as of ``make_plan``.
     """
-    class_ids = classes_of_side(dataset, split, side)
-    if not class_ids:
-        logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
-        return []
+    classes = {side: classes_of_side(dataset, split, side) for side in sides}
+    for side, class_ids in classes.items():
+        if not class_ids:
+            logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
     factory = build_factory(dataset, support_dataset)
-    names = {"dataset": dataset, "support_dataset": support_dataset, "split": split, "side": side}
     return [
         make_plan(
             factory.query_index,
             factory.support_index,
+            dataset=dataset,
+            support_dataset=support_dataset,
+            split=split,
+            side=side,
             class_ids=class_ids,
             run=run,
-            **names,
             **options,
         )
+        for side, class_ids in classes.items()
+        if class_ids
         for run in range(runs)
     ]
 

@@ -11,10 +11,10 @@ from functools import lru_cache
 
 import numpy as np
 from detectron2.utils import comm
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from ..structures import Support, SupportSet
-from .episodes import TrainingEpisodes
+from .episodes import TrainingEpisodes, worker_place
 from .index import InstanceIndex
 
 # Pixels that a process keeps, its workers together: crops are small, and every class is drawn again and again.
@@ -49,9 +49,8 @@ class SupportPairs(IterableDataset):
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[tuple[SupportSet, SupportSet]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        kept_bytes = 3 * self.episodes.mapper.support_crop.size**2 * step
+        worker, num_workers = worker_place()
+        kept_bytes = 3 * self.episodes.mapper.support_crop.size**2 * num_workers
         cached = lru_cache(maxsize=max(_CACHED_BYTES // kept_bytes, 1))(self._crop)
 
         def copied(*place: InstanceIndex | int) -> Support:
@@ -59,7 +58,7 @@ class SupportPairs(IterableDataset):
             crop = cached(*place)
             return replace(crop, image=crop.image.clone())
 
-        for own_step in itertools.count(first, step):
+        for own_step in itertools.count(worker, num_workers):
             yield self.pair(own_step * self.world_size + self.rank, copied)
 
     def pair(self, number: int, crop: _Crop | None = None) -> tuple[SupportSet, SupportSet]:

@@ -201,18 +201,14 @@ def _make_plans(cfg: CfgNode, dataset: str, support_dataset: str) -> list[Evalua
     node = cfg.FEWSHOT.TEST
     if node.PROTOCOL == SINGLE_TARGET:
         return [cluttered_omniglot_plan(dataset)]
-    return [
-        plan
-        for side in node.SIDES
-        for plan in build_plans(
-            dataset=dataset,
-            support_dataset=support_dataset,
-            split=cfg.FEWSHOT.SPLIT,
-            side=side,
-            runs=node.NUM_RUNS,
-            protocol=node.PROTOCOL,
-            shots=node.NUM_SHOTS,
-            seed=node.SEED,
-            max_images=node.MAX_IMAGES,
-        )
-    ]
+    return build_plans(
+        dataset=dataset,
+        support_dataset=support_dataset,
+        split=cfg.FEWSHOT.SPLIT,
+        sides=node.SIDES,
+        runs=node.NUM_RUNS,
+        protocol=node.PROTOCOL,
+        shots=node.NUM_SHOTS,
+        seed=node.SEED,
+        max_images=node.MAX_IMAGES,
+    )

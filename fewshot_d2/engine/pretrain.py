@@ -65,7 +65,6 @@ def pretrain_supports(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEp
         SupportPairs(episodes, cfg.FEWSHOT.PRETRAIN.NUM_CLASSES),
         batch_size=None,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_unchanged,
     )
     # The heads have no part in it.
     contrast = distributed(
@@ -106,7 +105,3 @@ def pretraining_config(cfg: CfgNode) -> CfgNode:
         BACKBONE_MULTIPLIER=1.0,
     )
     return schedule
-
-
-def _unchanged(pair: tuple[SupportSet, SupportSet]) -> tuple[SupportSet, SupportSet]:
-    return pair
