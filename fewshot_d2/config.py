@@ -10,6 +10,8 @@ from detectron2.config import get_cfg
 
 logger = logging.getLogger(__name__)
 
+PROTOCOLS = ("present", "open", "single_target", "episodes")
+
 
 def add_fewshot_config(cfg: CN) -> None:
     """Add every key of fewshot_d2 to a detectron2 config, in place."""
@@ -20,7 +22,10 @@ def add_fewshot_config(cfg: CN) -> None:
     _add_support(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
+    _add_benchmark(cfg.FEWSHOT)
+    _add_fine_tuning(cfg.FEWSHOT)
     _add_backbones(cfg)
+    _add_classification(cfg)
     _add_solver(cfg)
     add_system_configs(cfg)
 
@@ -52,7 +57,8 @@ def check_config(cfg: CN) -> None:
     for key, values, allowed in (
         ("FEWSHOT.TEST.SIDES", test.SIDES, ("novel", "base", "all")),
         ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
-        ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), ("present", "open", "single_target")),
+        ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
+        ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), ("episodes", "base_images")),
         ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), ("paper", "code")),
         ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
         ("SOLVER.CLIP_GRADIENTS.ENABLED", (cfg.SOLVER.CLIP_GRADIENTS.ENABLED,), (False,)),
@@ -82,6 +88,10 @@ def _add_episodes(node: CN) -> None:
     node.REGISTER = []
     # Which classes are novel: "all" (none), "every_4th:i", "novel:dog,cat,17" or "file:split.json".
     node.SPLIT = "all"
+    # "episodes", or "base_images": the base classes as a closed set, without supports (RepMet). Then
+    # MODEL.ROI_HEADS.NUM_CLASSES is their number, and an epoch has IMAGES_PER_CLASS (0 = all images).
+    node.TRAIN_ON = "episodes"
+    node.IMAGES_PER_CLASS = 0
     # Classes of a training episode that occur in the query (fewer if the image has fewer) ...
     node.NUM_WAYS = 1
     # ... and classes that do not; 0 in the paper. More teach the detector to abstain.
@@ -131,7 +141,7 @@ def _add_evaluation(node: CN) -> None:
     # Plan files to evaluate; empty: plans are made from the keys below and saved in OUTPUT_DIR/plans.
     node.TEST.PLANS = ()
     # "present": classes in the image only (paper). "open": all classes of the side in every image.
-    # "single_target": cluttered Omniglot's own references, with mask IoU.
+    # "single_target": cluttered Omniglot's own references, with mask IoU. "episodes": FEWSHOT.BENCHMARK.
     node.TEST.PROTOCOL = "present"
     # Sides of the split that are evaluated, of "novel", "base", "all".
     node.TEST.SIDES = ("novel", "base")
@@ -145,6 +155,38 @@ def _add_evaluation(node: CN) -> None:
     node.TEST.PRESENCE_THRESHOLD = 0.5
     # Of "gt_shift", "detection_shift".
     node.TEST.BASELINES = ("gt_shift",)
+
+
+def _add_benchmark(node: CN) -> None:
+    node.BENCHMARK = CN()
+    # Plan files of episodes; empty: plans are made from the keys below and saved in OUTPUT_DIR/plans.
+    node.BENCHMARK.PLANS = ()
+    # Classes an episode (m-way), examples a class (n-shot, a plan each), query images a class, episodes.
+    node.BENCHMARK.WAYS = 5
+    node.BENCHMARK.SHOTS = (1, 5, 10)
+    node.BENCHMARK.QUERIES_PER_CLASS = 10
+    node.BENCHMARK.EPISODES = 500
+    # The original's.
+    node.BENCHMARK.SEED = 9001
+    # Described queries that are kept for later episodes: bounds the memory. Of the order of 8 MB each for a large
+    # model with 2000 proposals.
+    node.BENCHMARK.KEPT_QUERIES = 1000
+    # Episodes of each run that are drawn.
+    node.BENCHMARK.PICTURES = 3
+    # Each plan is run once for each of these: without and with fine-tuning on the episode's supports.
+    node.BENCHMARK.FINE_TUNE = (False, True)
+
+
+def _add_fine_tuning(node: CN) -> None:
+    node.FINETUNE = CN()
+    # "last_layer" of the embedding (paper), "head" (box head and predictor) or "all".
+    node.FINETUNE.LAYERS = "last_layer"
+    # SGD over the support pictures, one a step, ...
+    node.FINETUNE.EPOCHS = 5
+    node.FINETUNE.BASE_LR = 0.0005
+    # ... at a constant rate.
+    node.FINETUNE.MOMENTUM = 0.9
+    node.FINETUNE.WEIGHT_DECAY = 0.0001
 
 
 def _add_backbones(cfg: CN) -> None:
@@ -164,6 +206,37 @@ def _add_backbones(cfg: CN) -> None:
     cfg.MODEL.TIMM.NAME = "resnet18"
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.NORM = "FrozenBN"
+
+
+def _add_classification(cfg: CN) -> None:
+    cfg.MODEL.DML = CN()
+    # A classification model of "torchvision" or "timm" (an extra); its last layer is removed.
+    cfg.MODEL.DML.LIBRARY = "torchvision"
+    cfg.MODEL.DML.BACKBONE = "inception_v3"
+    # State dict of the whole model, a local file or "". The paper does not say whether it starts from ImageNet.
+    cfg.MODEL.DML.WEIGHTS = ""
+    # N, the classes of FEWSHOT.CLASSIFY.TRAIN, and representatives a class (paper 4.1: K = 3).
+    cfg.MODEL.DML.NUM_CLASSES = 102
+    cfg.MODEL.DML.NUM_MODES = 3
+    # Widths of the two layers of the embedding module (paper 4.1).
+    cfg.MODEL.DML.HIDDEN_DIM = 2048
+    cfg.MODEL.DML.EMBEDDING_DIM = 1024
+    # Width of a mode (paper 4.1), and alpha of eq. 4 in squared distances (not stated; that of the detector's code).
+    cfg.MODEL.DML.SIGMA = 0.5
+    cfg.MODEL.DML.MARGIN = 0.5
+    # Of the cross-entropy of eq. 5 and of eq. 4. The paper has both, a known PyTorch re-implementation (0.0, 1.0).
+    cfg.MODEL.DML.LOSS_WEIGHTS = (1.0, 1.0)
+
+    cfg.FEWSHOT.CLASSIFY = CN()
+    # "omniglot:A-B:C-D" (characters A to B - 1, drawers C to D - 1), a registered data set (crops of its boxes) or
+    # a folder of class folders, which is below DETECTRON2_DATASETS if relative. Empty TEST: no evaluation.
+    cfg.FEWSHOT.CLASSIFY.TRAIN = ""
+    cfg.FEWSHOT.CLASSIFY.TEST = ""
+    # Side in pixels of the squares that images are resized to; INPUT.RANDOM_FLIP flips them in training.
+    cfg.FEWSHOT.CLASSIFY.IMAGE_SIZE = 299
+    # Classes of a batch and images of each (paper 4.1: M = 12, D = 4); SOLVER.IMS_PER_BATCH is a multiple of M x D.
+    cfg.FEWSHOT.CLASSIFY.CLASSES_PER_BATCH = 12
+    cfg.FEWSHOT.CLASSIFY.EXAMPLES_PER_CLASS = 4
 
 
 def _add_solver(cfg: CN) -> None:

@@ -74,6 +74,12 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write bytes atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> None:
     """Write JSON atomically; NaN is refused because other readers cannot parse it."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False))

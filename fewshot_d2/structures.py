@@ -303,7 +303,7 @@ class SupportFeatures:
 
     @staticmethod
     def cat(parts: Iterable["SupportFeatures"]) -> "SupportFeatures":
-        """Join along the class axis; all parts must come from one system."""
+        """Join along the class axis; all parts must come from one system. See ``cat_padded``."""
         parts = list(parts)
         kinds = {(part.system, tuple(sorted(part.tensors))) for part in parts}
         if len(kinds) != 1:
@@ -312,7 +312,7 @@ class SupportFeatures:
             )
         return SupportFeatures(
             tensors={
-                name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors
+                name: cat_padded([p.tensors[name] for p in parts]) for name in parts[0].tensors
             },
             class_ids=[i for p in parts for i in p.class_ids],
             class_names=[n for p in parts for n in p.class_names],
@@ -330,3 +330,17 @@ class SupportFeatures:
             return cls(**torch.load(path, map_location="cpu", weights_only=True))
         except (TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} must be a support-features file, got: {error}") from error
+
+
+def cat_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Join (K, M, ...) tensors along K; where M, say the number of shots, differs, zeros fill the shorter ones.
+
+    Which of the M are real is for another tensor to say, a mask that is joined in the same way.
+    """
+    if tensors[0].dim() > 1:
+        longest = max(t.shape[1] for t in tensors)
+        tensors = [
+            torch.cat([t, t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:])], dim=1)
+            for t in tensors
+        ]
+    return torch.cat(list(tensors))

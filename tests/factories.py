@@ -42,6 +42,35 @@ def tiny_model(*overrides: object, seed: int = 0) -> nn.Module:
     return build_model(tiny_config(*overrides)).eval()
 
 
+# The same for RepMet; two base classes, as many as a random query has.
+TINY_REPMET = ROOT / "configs/repmet/omniglot.yaml"
+TINY_REPMET_OVERRIDES = [
+    *("MODEL.FPN.OUT_CHANNELS", 8, "MODEL.RPN.CONV_DIMS", [8], "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    *(
+        "MODEL.REPMET.EMBEDDING_DIM",
+        6,
+        "MODEL.REPMET.NUM_MODES",
+        3,
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        2,
+    ),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+    *("MODEL.REPMET.HARD_ROIS", 12, "INPUT.MAX_SIZE_TRAIN", 64, "INPUT.MAX_SIZE_TEST", 64),
+    *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "FEWSHOT.PRETRAIN.MAX_ITER", 0),
+]
+
+
+def tiny_repmet(*overrides: object, seed: int = 0) -> nn.Module:
+    """A seeded random RepMet in inference mode."""
+    torch.manual_seed(seed)
+    cfg = load_config(str(TINY_REPMET), [*TINY_REPMET_OVERRIDES, *overrides])
+    model = build_model(cfg).eval()
+    # Scores of a new embedding are all alike; a larger one makes comparisons mean something.
+    if cfg.MODEL.REPMET.EMBEDDING_DIM:
+        torch.nn.init.normal_(model.predictor.embedding.weight)
+    return model
+
+
 def random_support(rng: torch.Generator, size: tuple[int, int] = (30, 24)) -> Support:
     """A random picture as an example."""
     return Support(torch.randint(0, 256, (3, *size), generator=rng, dtype=torch.uint8))

@@ -151,7 +151,7 @@ def test_plan_that_does_not_fit_its_data_is_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"protocol": "closed"}, "protocol one of .* got 'all' and 'closed'"),
+        ({"protocol": "closed"}, "protocol must be one of .* got 'closed'"),
         ({"side": "old"}, "side must be one of"),
         ({"shots": 0}, "shots must be at least 1"),
         ({"seed": -1}, "seed and run at least 0"),

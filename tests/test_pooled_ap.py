@@ -1,5 +1,6 @@
 """Episodic AP: the spec's conformance cases, loops, and scikit-learn."""
 
+import itertools
 import math
 
 import numpy as np
@@ -180,3 +181,112 @@ def test_bad_input_is_refused():
             truth_boxes=np.zeros((0, 4)),
             truth_classes=np.zeros(0),
         )
+
+
+def random_run(seed=3, episodes=7, images=3, classes=(1, 2, 3)):
+    """Rows (episode, image, class, boxes, scores, truth boxes, truth classes)."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for episode, image in itertools.product(range(episodes), range(images)):
+        truth = np.concatenate([c := rng.uniform(0, 80, (4, 2)), c + 30], axis=1)
+        truth_classes = rng.choice(classes, 4)
+        for class_id in classes:
+            near = truth[rng.integers(0, 4, 5)] + rng.normal(0, 4, (5, 4))
+            rows.append((episode, image, class_id, near, rng.random(5), truth, truth_classes))
+    return rows
+
+
+def gathered(rows, matching="voc", ranks=()):
+    precision = PooledPrecision(matching, ranks=ranks)
+    for episode, image, class_id, boxes, scores, truth, truth_classes in rows:
+        precision.add(
+            episode,
+            class_id,
+            image=image,
+            boxes=boxes,
+            scores=scores,
+            truth_boxes=truth,
+            truth_classes=truth_classes,
+        )
+    return precision
+
+
+@pytest.mark.parametrize("matching", ["official", "voc"])
+def test_summary_equals_leaving_out_each_episode_by_hand(matching):
+    rows = random_run()
+    summary = gathered(rows, matching).summary()
+    without = [gathered([r for r in rows if r[0] != e], matching) for e in range(7)]
+    for name in ("joint", "per_class_mean"):
+        assert summary[name] == pytest.approx(getattr(gathered(rows, matching), name)())
+        values = np.array([getattr(part, name)() for part in without])
+        variance = 6 / 7 * ((values - values.mean()) ** 2).sum()
+        assert summary[f"{name}_ci95"] == pytest.approx(1.96 * variance**0.5)
+    episodes = [gathered([r for r in rows if r[0] == e], matching).joint() for e in range(7)]
+    assert summary["per_episode_mean"] == pytest.approx(np.mean(episodes))
+    width = 1.96 * np.std(episodes, ddof=1) / 7**0.5
+    assert summary["per_episode_mean_ci95"] == pytest.approx(width)
+    assert summary["num_episodes"] == 7 and summary["num_truth"] == 7 * 3 * 4
+    assert 0 < summary["joint"] < 1 and summary["joint_ci95"] > 0
+
+
+def test_jackknife_width_is_that_of_the_mean_where_the_statistic_is_one():
+    # One class and one ground truth an episode, found or missed: the joint AP is the share of those found.
+    rng = np.random.default_rng(0)
+    found = rng.random(20) < 0.6
+    precision = PooledPrecision("voc")
+    for episode, is_found in enumerate(found):
+        boxes = np.array([G1], float) if is_found else np.zeros((0, 4))
+        precision.add(
+            episode,
+            1,
+            boxes=boxes,
+            scores=np.ones(len(boxes)),
+            truth_boxes=np.array([G1], float),
+            truth_classes=np.array([1]),
+        )
+    summary = precision.summary()
+    assert summary["joint"] == pytest.approx(found.mean())
+    assert summary["joint_ci95"] == pytest.approx(1.96 * found.std(ddof=1) / 20**0.5)
+
+
+def test_one_episode_has_no_interval():
+    summary = gathered(random_run(episodes=1)).summary()
+    assert summary["joint"] > 0
+    assert all(math.isnan(summary[f"{name}_ci95"]) for name in ("joint", "per_episode_mean"))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 100])
+def test_recall_equals_loops(rank):
+    rows = random_run()
+    recalls = []
+    for place in dict.fromkeys((r[0], r[1]) for r in rows):
+        entries, truths = [], 0
+        for row in (r for r in rows if (r[0], r[1]) == place):
+            of_class = row[6] == row[2]
+            overlaps = pixel_iou(row[3], row[5])
+            entries += naive_voc(row[4], overlaps, of_class)
+            truths += of_class.sum()
+        best = sorted(entries, key=lambda e: -e[0])[:rank]
+        recalls.append(sum(right for _, right in best) / truths)
+    assert gathered(rows, "voc", (1, 3, 100)).recall_at(rank) == pytest.approx(np.mean(recalls))
+
+
+def test_recall_counts_images_without_a_hit_and_not_those_without_truth():
+    precision = PooledPrecision("voc", ranks=(1,))
+    nothing = np.zeros((0, 4))
+    for image, (boxes, truth) in enumerate(
+        [([G1], [G1]), ([G2], [G1]), ([G1], nothing), (nothing, [G1])]
+    ):
+        precision.add(
+            0,
+            1,
+            image=image,
+            boxes=np.array(boxes, float),
+            scores=np.ones(len(boxes)),
+            truth_boxes=np.array(truth, float),
+            truth_classes=np.ones(len(truth), int),
+        )
+    assert precision.recall_at(1) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="rank must be one of"):
+        precision.recall_at(5)
+    assert math.isnan(PooledPrecision(ranks=(1,)).recall_at(1))

@@ -106,9 +106,10 @@ class EpisodicDatasetMapper:
             "height": record["height"],
             "width": record["width"],
             "image": _to_tensor(pixels),
-            "support": self.support_set(episode, flip=bool(flip)),
             "episode_id": episode.episode_id,
         }
+        if episode.supports:
+            result["support"] = self.support_set(episode, flip=bool(flip))
         if self.is_train:
             result["instances"] = self._instances(episode, transform, pixels.shape[:2])
         return result

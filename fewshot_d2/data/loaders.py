@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from .coco_json import dataset_categories, register_instances
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
+from .images import TrainingImages
 from .index import InstanceIndex
 from .plans import EvaluationPlan, make_plan
 from .splits import classes_of_side, restrict_to_classes, split_of
@@ -108,8 +109,8 @@ def build_plans(
     ]
 
 
-def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
-    """Training episodes of a config. Novel classes are removed before anything is indexed."""
+def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages:
+    """What a config trains on. Novel classes are removed before anything is indexed."""
     register_from_config(cfg)
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(f"DATASETS.TRAIN must be one name, got {cfg.DATASETS.TRAIN}")
@@ -118,23 +119,35 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes:
         _check_same_classes(dataset, cfg.DATASETS.TEST)
     base = split_of(dataset, cfg.FEWSHOT.SPLIT).base
     factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base)
-    episodes = TrainingEpisodes(
-        factory,
-        build_mapper(cfg, is_train=True),
-        num_ways=cfg.FEWSHOT.NUM_WAYS,
-        num_absent_ways=cfg.FEWSHOT.NUM_ABSENT_WAYS,
-        num_shots=cfg.FEWSHOT.NUM_SHOTS,
-        seed=max(cfg.SEED, 0),
-        exclude_query=cfg.FEWSHOT.SUPPORT.EXCLUDE_QUERY,
-    )
+    mapper, seed = build_mapper(cfg, is_train=True), max(cfg.SEED, 0)
+    if cfg.FEWSHOT.TRAIN_ON == "base_images":
+        episodes = TrainingImages(
+            factory, mapper, per_class=cfg.FEWSHOT.IMAGES_PER_CLASS, seed=seed
+        )
+        _check_num_classes(cfg, len(episodes.class_ids))
+    else:
+        episodes = TrainingEpisodes(
+            factory,
+            mapper,
+            num_ways=cfg.FEWSHOT.NUM_WAYS,
+            num_absent_ways=cfg.FEWSHOT.NUM_ABSENT_WAYS,
+            num_shots=cfg.FEWSHOT.NUM_SHOTS,
+            seed=seed,
+            exclude_query=cfg.FEWSHOT.SUPPORT.EXCLUDE_QUERY,
+        )
     logger.info(
-        "Training episodes: %s, %d images, %d base classes, seed %d",
-        dataset,
-        len(episodes.images),
-        len(episodes.class_ids),
-        episodes.seed,
+        "Training %s: %s, %d images, %d base classes, seed %d",
+        *(cfg.FEWSHOT.TRAIN_ON, dataset, len(episodes.images), len(episodes.class_ids), seed),
     )
     return episodes
+
+
+def _check_num_classes(cfg: CfgNode, actual: int) -> None:
+    if actual != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES must be the {actual} base classes that have instances in "
+            f"{cfg.DATASETS.TRAIN[0]}, got {cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
+        )
 
 
 def _check_same_classes(train: str, tests: Iterable[str]) -> None:

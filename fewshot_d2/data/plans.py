@@ -1,32 +1,18 @@
-"""Evaluation plans: which query, classes and supports, fixed in a file and known by its SHA-256.
+"""Evaluation plans: which query, classes and supports, fixed in a file and known by its SHA-256."""
 
-The hash is that of the content, not of the file's layout: the same seed gives the same hash on
-every machine. Image, dataset category and annotation ids are those of the json files.
-"""
-
-import json
 import logging
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ..files import canonical_sha256, write_json
 from .index import InstanceIndex
-from .splits import SIDES
+from .plan_files import PlanFile, check_side
 
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open")
-
-_FORMAT = "fewshot_d2/evaluation_plan"
-_VERSION = 1
-_TEXTS = ("dataset", "support_dataset", "split", "side", "protocol")
-_NUMBERS = ("shots", "seed", "run")
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class PlannedEpisode:
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
+class EvaluationPlan(PlanFile):
     """All episodes of one evaluation run and where they come from.
 
     Attributes:
@@ -59,6 +45,9 @@ class EvaluationPlan:
         class_ids (tuple[int, ...]): every class that is searched.
         episodes (tuple[PlannedEpisode, ...]): one a query image.
     """
+
+    KIND: ClassVar[str] = "evaluation"
+    EPISODE: ClassVar[type] = PlannedEpisode
 
     dataset: str
     support_dataset: str
@@ -73,128 +62,33 @@ class EvaluationPlan:
 
     def __post_init__(self) -> None:
         _check_draw(self.side, self.protocol, shots=self.shots, seed=self.seed, run=self.run)
-        known, episode_ids = set(self.class_ids), set()
-        if len(known) != len(self.class_ids):
-            raise ValueError(f"class_ids must be unique, got {self.class_ids}")
+        self.check_classes()
         for episode in self.episodes:
-            classes = set(episode.class_ids)
-            if episode.id in episode_ids:
-                raise ValueError(f"episode ids must be unique, got {episode.id} twice")
-            if not classes <= known or len(classes) != len(episode.class_ids):
-                raise ValueError(
-                    f"episode {episode.id}: class_ids must be unique and among the plan's, "
-                    f"got {list(episode.class_ids)}"
-                )
             shots = [len(ids) for ids in episode.supports]
             if shots != [self.shots] * len(episode.class_ids):
                 raise ValueError(
                     f"episode {episode.id}: supports must be {self.shots} for each of its "
                     f"{len(episode.class_ids)} classes, got {shots}"
                 )
-            episode_ids.add(episode.id)
 
     @property
     def num_pairs(self) -> int:
         """How many (image, class) pairs are searched."""
         return sum(len(episode.class_ids) for episode in self.episodes)
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the content in canonical form."""
-        return canonical_sha256(self._content())
-
     @property
     def file_name(self) -> str:
         """A name that tells the plans of one data set apart."""
-        source = "" if self.support_dataset == self.dataset else f"-from-{self.support_dataset}"
-        split = re.sub(r"[^A-Za-z0-9_.]+", "_", self.split)
-        if len(split) > 60:
-            split = f"{split[:50]}_{canonical_sha256(self.split)[:8]}"
-        what = f"{split}-{self.side}-{self.protocol}-{self.shots}shot-{len(self.episodes)}images"
-        return f"{self.dataset}{source}-{what}-seed{self.seed}-run{self.run}.json"
+        what = f"{self.protocol}-{self.shots}shot-{len(self.episodes)}images"
+        return f"{self._source()}-{what}-seed{self.seed}-run{self.run}.json"
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan atomically.
-
-        Raises:
-            OSError: the file cannot be written; an older plan of that name is left as it was.
-        """
-        write_json(path, self._content())
-
-    @classmethod
-    def load(cls, path: str | Path) -> "EvaluationPlan":
-        """Read a plan.
-
-        Raises:
-            ValueError: the file is not a plan; the message names the file and what is wrong in it.
-        """
-        try:
-            return cls._from_content(json.loads(Path(path).read_bytes()))
-        except ValueError as error:
-            raise ValueError(f"{path} must be an evaluation plan, got: {error}") from error
-
-    def check(self, query_index: InstanceIndex, support_index: InstanceIndex, dataset: str) -> None:
-        """Raise a ``ValueError`` that names the culprit unless the plan fits these data.
-
-        Args:
-            query_index: of the data set that is searched. support_index: of the one that has the
-                supports.
-            dataset: name of the data set that is searched.
-        """
-        if self.dataset != dataset:
-            raise ValueError(
-                f"plan of another data set: it must be of {dataset!r}, got one of {self.dataset!r}"
-            )
-        for episode in self.episodes:
-            try:
-                self._check_episode(episode, query_index, support_index)
-            except ValueError as error:
-                raise ValueError(
-                    f"episode {episode.id} of the plan must fit the data set {dataset!r}: {error}"
-                ) from error
-
-    def _check_episode(
-        self, episode: PlannedEpisode, query_index: InstanceIndex, support_index: InstanceIndex
-    ) -> None:
+    def _check_queries(self, episode: PlannedEpisode, query_index: InstanceIndex) -> None:
         in_image = query_index.classes_in(query_index.image_index(episode.image_id))
         absent = set(episode.class_ids) - set(in_image)
         if self.protocol == "present" and absent:
             raise ValueError(
                 f"classes must be present in image {episode.image_id}, got also {sorted(absent)}"
             )
-        for class_id, shots in zip(episode.class_ids, episode.supports):
-            for annotation_id in shots:
-                actual = support_index.class_of(annotation_id)
-                if actual != class_id:
-                    raise ValueError(
-                        f"support {annotation_id} must be of class {class_id}, got class {actual}"
-                    )
-
-    def _content(self) -> dict[str, Any]:
-        header = {key: getattr(self, key) for key in (*_TEXTS, *_NUMBERS, "class_ids")}
-        episodes = [vars(episode) for episode in self.episodes]
-        return {"format": _FORMAT, "version": _VERSION, **header, "episodes": episodes}
-
-    @classmethod
-    def _from_content(cls, content: Any) -> "EvaluationPlan":
-        header = content if isinstance(content, dict) else {}
-        if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-            raise ValueError(
-                f"format must be {_FORMAT} version {_VERSION}, got {header.get('format')!r} "
-                f"version {header.get('version')!r}"
-            )
-        body = {key: value for key, value in header.items() if key not in ("format", "version")}
-        _check_keys(cls, body)
-        for key in _TEXTS:
-            if not isinstance(body[key], str):
-                raise ValueError(f"{key} must be text, got {body[key]!r}")
-        for key in _NUMBERS:
-            _integers([body[key]], key)
-        if not isinstance(body["episodes"], list):
-            raise ValueError(f"episodes must be a list, got {type(body['episodes']).__name__}")
-        body["class_ids"] = _integers(body["class_ids"], "class_ids")
-        body["episodes"] = tuple(_episode(row, i) for i, row in enumerate(body["episodes"]))
-        return cls(**body)
 
 
 def make_plan(
@@ -277,11 +171,9 @@ def _draw(
 
 
 def _check_draw(side: str, protocol: str, *, shots: int, seed: int, run: int) -> None:
-    if side not in SIDES or protocol not in PROTOCOLS:
-        raise ValueError(
-            f"side must be one of {SIDES} and protocol one of {PROTOCOLS}, "
-            f"got {side!r} and {protocol!r}"
-        )
+    check_side(side)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
     if shots < 1 or seed < 0 or run < 0:
         raise ValueError(
             f"shots must be at least 1, seed and run at least 0, got {shots}, {seed} and {run}"
@@ -312,37 +204,3 @@ def _subset(items: list[Any], seed: int, limit: int) -> list[Any]:
         return items
     lots = np.random.default_rng(seed).random(len(items))
     return [items[i] for i in sorted(lots.argsort(kind="stable")[:limit])]
-
-
-def _check_keys(kind: type, content: Mapping[str, Any]) -> None:
-    expected = {field.name for field in fields(kind)}
-    if content.keys() != expected:
-        raise ValueError(
-            f"keys of {kind.__name__} must be complete, got missing "
-            f"{sorted(expected - content.keys())}, unknown {sorted(content.keys() - expected)}"
-        )
-
-
-def _integers(values: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError(f"{what} must be integers, got {values!r}")
-    return tuple(values)
-
-
-def _episode(row: Any, position: int) -> PlannedEpisode:
-    where = f"episodes[{position}]"
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} must be an object, got {row!r}")
-    try:
-        _check_keys(PlannedEpisode, row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    _integers([row["id"], row["image_id"]], f"{where}: id and image_id")
-    if not isinstance(row["supports"], list):
-        raise ValueError(f"{where}: supports must be one list a class, got {row['supports']!r}")
-    return PlannedEpisode(
-        id=row["id"],
-        image_id=row["image_id"],
-        class_ids=_integers(row["class_ids"], f"{where}: class_ids"),
-        supports=tuple(_integers(ids, f"{where}: supports") for ids in row["supports"]),
-    )

@@ -1,7 +1,6 @@
 """Evaluation on plans: make or read them, run the model, add baselines, summarise over runs."""
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,18 +20,20 @@ from ..data.datasets.cluttered_omniglot import cluttered_omniglot_plan
 from ..data.episodes import EpisodeFactory
 from ..data.loaders import EpisodicTestLoader, build_factory, build_plans
 from ..data.plans import EvaluationPlan
-from ..data.splits import classes_of_side
 from ..evaluation.baselines import detection_shift, gt_shift
 from ..evaluation.episodic_coco import EpisodicCOCOEvaluator, evaluate_detections
 from ..evaluation.localization import single_target_scores
 from ..evaluation.metrics import summarize_runs
 from ..evaluation.report import EvaluatedRun, ReportFacts, ReportRow, write_report
-from ..files import write_json
+from .benchmark import evaluate_benchmark
+from .plans import checked_plan, save_plans, support_datasets, write_results
 
 logger = logging.getLogger(__name__)
 
 # Cluttered Omniglot: each scene is searched with its own reference, and the best detection's mask counts.
 SINGLE_TARGET = "single_target"
+# RepMet's benchmark: several queries share the supports of an episode; see ``engine.benchmark``.
+EPISODES = "episodes"
 
 
 def evaluate_only(cfg: CfgNode) -> dict[str, Any]:
@@ -52,12 +53,14 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         ``{"dataset/side/task": {metric: mean over runs, "metric_ci95": half width}}``, the baselines as
         ``"dataset/side/baseline/task"``; empty off the main process and without DATASETS.TEST.
     """
+    if cfg.FEWSHOT.TEST.PROTOCOL == EPISODES:
+        return evaluate_benchmark(cfg, model)
     start = time.perf_counter()
     rows = evaluate_plans(cfg, model)
     if not rows:
         return {}
     results = summarize(rows)
-    write_json(Path(cfg.OUTPUT_DIR) / "results.json", _without_nan(results), indent=1)
+    write_results(cfg, results)
     facts = ReportFacts(
         command=" ".join(sys.argv),
         config=cfg.dump(),
@@ -148,53 +151,19 @@ def summarize(rows: Sequence[ReportRow]) -> dict[str, Any]:
     return results
 
 
-def _without_nan(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    return {
-        task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for task, metrics in results.items()
-    }
-
-
 def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
     """The plans of FEWSHOT.TEST.PLANS, or new ones that are saved below OUTPUT_DIR/plans."""
     if cfg.FEWSHOT.TEST.PLANS:
-        return [_checked(cfg, path, EvaluationPlan.load(path)) for path in cfg.FEWSHOT.TEST.PLANS]
+        return [
+            checked_plan(cfg, path, EvaluationPlan.load(path)) for path in cfg.FEWSHOT.TEST.PLANS
+        ]
     plans = [
         plan
-        for dataset, support_dataset in zip(cfg.DATASETS.TEST, _support_datasets(cfg), strict=True)
+        for dataset, support_dataset in zip(cfg.DATASETS.TEST, support_datasets(cfg), strict=True)
         for plan in _make_plans(cfg, dataset, support_dataset)
     ]
-    if comm.is_main_process():
-        for plan in plans:
-            plan.save(Path(cfg.OUTPUT_DIR) / "plans" / plan.file_name)
-        hashes = [{"file": plan.file_name, "sha256": plan.sha256} for plan in plans]
-        write_json(Path(cfg.OUTPUT_DIR) / "plans.json", hashes, indent=1)
+    save_plans(cfg, plans)
     return plans
-
-
-def _checked(cfg: CfgNode, path: str, plan: EvaluationPlan) -> EvaluationPlan:
-    """The plan, if it is one of this config: a plan of another split would call trained classes novel."""
-    if plan.dataset not in cfg.DATASETS.TEST or plan.split != cfg.FEWSHOT.SPLIT:
-        raise ValueError(
-            f"{path} must be a plan of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} and FEWSHOT.SPLIT "
-            f"{cfg.FEWSHOT.SPLIT!r}, got one of {plan.dataset!r} and {plan.split!r}"
-        )
-    foreign = set(plan.class_ids) - set(classes_of_side(plan.dataset, plan.split, plan.side))
-    if foreign:
-        raise ValueError(
-            f"{path} must have {plan.side} classes only, got also {sorted(foreign)[:5]}"
-        )
-    return plan
-
-
-def _support_datasets(cfg: CfgNode) -> Sequence[str]:
-    names = cfg.FEWSHOT.SUPPORT.DATASETS_TEST or cfg.DATASETS.TEST
-    if len(names) != len(cfg.DATASETS.TEST):
-        raise ValueError(
-            f"FEWSHOT.SUPPORT.DATASETS_TEST must have one name for each of {cfg.DATASETS.TEST}, "
-            f"got {names}"
-        )
-    return names
 
 
 def _make_plans(cfg: CfgNode, dataset: str, support_dataset: str) -> list[EvaluationPlan]:

@@ -32,16 +32,16 @@ _PERIOD = 20
 
 
 class SupportContrast(nn.Module):
-    """Contrast on every tensor of a detector's support features; each level learns by itself."""
+    """Contrast on every tensor of a detector's ``contrast_features``; each level learns by itself."""
 
     def __init__(self, detector: FewShotDetector, temperature: float):
-        """Take the detector whose ``encode_support`` is to be trained."""
+        """Take the detector whose encoding of supports is to be trained."""
         super().__init__()
         self.detector, self.temperature = detector, temperature
 
     def forward(self, pair: Sequence[SupportSet]) -> dict[str, Tensor]:
         """Losses of two support sets of the same K classes: {"loss_contrast_<level>": Tensor[]}."""
-        features = self.detector.encode_support(pair).tensors
+        features = self.detector.contrast_features(pair)
         return {
             f"loss_contrast_{level}": support_contrast(*tensor.chunk(2), self.temperature)
             for level, tensor in features.items()
@@ -49,7 +49,7 @@ class SupportContrast(nn.Module):
 
 
 def pretrain_supports(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEpisodes) -> None:
-    """Train a twin's ``encode_support`` for FEWSHOT.PRETRAIN.MAX_ITER steps and load its weights into ``model``.
+    """Train how a twin encodes supports for FEWSHOT.PRETRAIN.MAX_ITER steps and load its weights into ``model``.
 
     The twin has living batch norms; in ``model`` they may be frozen, and then supports and queries, whose statistics
     differ, pass through the same function. Base classes only: the pairs come out of the training episodes. In several

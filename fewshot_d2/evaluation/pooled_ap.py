@@ -5,12 +5,15 @@ the same name. Both and VOC's rules are here, so that a number can say which it 
 detections of one class in one image, G ground-truth boxes of all classes of the episode there.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 Entries = tuple[np.ndarray, np.ndarray]
+Key = tuple[Hashable, int]
+# Groups of episodes that the jackknife leaves out in turn.
+_NUM_FOLDS = 20
 
 
 def pixel_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -82,18 +85,28 @@ def average_precision(scores: np.ndarray, right: np.ndarray, num_truth: int) -> 
     """Area under the monotone envelope of precision over recall (VOC 2010 and later).
 
     Args:
-        scores (float[E]), right (bool[E]): in any order; equal scores keep it.
+        scores (float[E]), right (bool[E]): in any order; of equal scores the wrong ones come first.
         num_truth: ground truths in all.
 
     Returns:
         Between 0 and 1; NaN without ground truth.
     """
+    found = np.sort(scores[right])[::-1]
+    return _area(_num_above(found, scores[~right]), num_truth)
+
+
+def _num_above(found: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """How many of the wrong scores are not below each found one."""
+    return len(wrong) - np.searchsorted(np.sort(wrong), found, side="left")
+
+
+def _area(num_wrong_above: np.ndarray, num_truth: int) -> float:
+    """The area, from the wrong entries ranked above each right one, best first."""
     if not num_truth:
         return float("nan")
-    ranked = right[np.argsort(-scores, kind="stable")]
-    found = np.flatnonzero(ranked)
     # Precision matters only where recall rises; the envelope is the best from there on.
-    precision = np.arange(1, len(found) + 1) / (found + 1)
+    rank = np.arange(1, len(num_wrong_above) + 1)
+    precision = rank / (rank + num_wrong_above)
     return float(np.maximum.accumulate(precision[::-1]).sum() / num_truth)
 
 
@@ -102,12 +115,15 @@ class PooledPrecision:
     """Gathers entries image by image: five bytes each, so that tens of millions fit in memory.
 
     Attributes:
-        matching: key of ``MATCHINGS``.
+        matching: key of ``MATCHINGS``. ranks: K of ``recall_at``; needs ``add`` to be told the image.
     """
 
     matching: str = "official"
-    _entries: dict[tuple[Hashable, int], list[Entries]] = field(default_factory=dict)
-    _truths: dict[tuple[Hashable, int], int] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
+    _entries: dict[Key, list[Entries]] = field(default_factory=dict)
+    _truths: dict[Key, int] = field(default_factory=dict)
+    _images: dict[Hashable, list[Entries]] = field(default_factory=dict)
+    _image_truths: dict[Hashable, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.matching not in MATCHINGS:
@@ -122,6 +138,7 @@ class PooledPrecision:
         scores: np.ndarray,
         truth_boxes: np.ndarray,
         truth_classes: np.ndarray,
+        image: Hashable = None,
     ) -> None:
         """Match one class's detections in one image.
 
@@ -129,6 +146,7 @@ class PooledPrecision:
             episode, class_id: what the reducers group by.
             boxes (float[D, 4]), scores (float[D]): detections of the class, XYXY in pixels.
             truth_boxes (float[G, 4]), truth_classes (int[G]): of all classes of the episode.
+            image: of the episode, for the recall.
 
         Raises:
             ValueError: counts that differ, or a score that is not a number.
@@ -141,35 +159,133 @@ class PooledPrecision:
         if np.isnan(scores).any():
             raise ValueError(f"scores must be numbers, got NaN in episode {episode!r}")
         of_class = np.asarray(truth_classes) == class_id
-        key = episode, class_id
-        self._truths[key] = self._truths.get(key, 0) + int(of_class.sum())
+        key, num_truth = (episode, class_id), int(of_class.sum())
+        self._truths[key] = self._truths.get(key, 0) + num_truth
         overlaps = pixel_iou(boxes.reshape(-1, 4), truth_boxes.reshape(-1, 4))
         entries = MATCHINGS[self.matching](scores, overlaps, of_class)
         self._entries.setdefault(key, []).append(entries)
+        if self.ranks:
+            place = episode, image
+            self._images.setdefault(place, []).append(_top(entries, max(self.ranks)))
+            self._image_truths[place] = self._image_truths.get(place, 0) + num_truth
 
     def joint(self) -> float:
         """One AP over all entries (RepMet)."""
-        return self._precision(list(self._truths))
+        return self._mean([list(self._truths)])
 
     def per_episode_mean(self) -> float:
         """Mean over episodes of the AP over their entries (OS2D)."""
-        return self._mean_over(0)
+        return self._mean(self._keys_by(0))
 
     def per_class_mean(self) -> float:
         """Mean over classes of the AP over their entries (VOC, COCO)."""
-        return self._mean_over(1)
+        return self._mean(self._keys_by(1))
 
-    def _mean_over(self, position: int) -> float:
-        groups: dict[Hashable, list[tuple[Hashable, int]]] = {}
+    def recall_at(self, rank: int) -> float:
+        """Mean over images with ground truth of the share of it among the image's ``rank`` best entries (spec 3.5).
+
+        All classes of the episode in one list; an image with fewer entries counts with those it has.
+        """
+        if rank not in self.ranks:
+            raise ValueError(f"rank must be one of {self.ranks}, got {rank}")
+        recalls = [
+            _top(_joined(parts), rank)[1].sum() / self._image_truths[place]
+            for place, parts in self._images.items()
+            if self._image_truths[place]
+        ]
+        return float(np.mean(recalls)) if recalls else float("nan")
+
+    def summary(self) -> dict[str, float]:
+        """Every reducer with the half width of its 95 % interval ("..._ci95"), between 0 and 1, and the counts.
+
+        The mean over episodes has 1.96 s / sqrt(episodes); the others, which are no means over episodes, leave out
+        each of at most 20 groups of whole episodes in turn (jackknife). NaN where there is one episode only.
+        """
+        episodes = np.array([self._precisions(keys)[0] for keys in self._keys_by(0)])
+        episodes = episodes[~np.isnan(episodes)]
+        spread = episodes.std(ddof=1) if len(episodes) > 1 else np.nan
+        joint, joint_width = self._with_width([list(self._truths)])
+        classes, classes_width = self._with_width(self._keys_by(1))
+        return {
+            "joint": joint,
+            "joint_ci95": joint_width,
+            "per_episode_mean": float(episodes.mean()) if len(episodes) else float("nan"),
+            "per_episode_mean_ci95": float(1.96 * spread / max(len(episodes), 1) ** 0.5),
+            "per_class_mean": classes,
+            "per_class_mean_ci95": classes_width,
+            "num_episodes": len(self._keys_by(0)),
+            "num_entries": sum(len(s) for parts in self._entries.values() for s, _ in parts),
+            "num_truth": sum(self._truths.values()),
+        }
+
+    def _keys_by(self, position: int) -> list[list[Key]]:
+        groups: dict[Hashable, list[Key]] = {}
         for key in self._truths:
             groups.setdefault(key[position], []).append(key)
-        values = [self._precision(keys) for keys in groups.values()]
+        return list(groups.values())
+
+    def _mean(self, groups: list[list[Key]]) -> float:
+        values = [self._precisions(keys)[0] for keys in groups]
         known = [value for value in values if not np.isnan(value)]
         return float(np.mean(known)) if known else float("nan")
 
-    def _precision(self, keys: list[tuple[Hashable, int]]) -> float:
-        parts = [part for key in keys for part in self._entries[key]]
-        if not parts:
-            return float("nan")
-        scores, right = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return average_precision(scores, right, sum(self._truths[key] for key in keys))
+    def _with_width(self, groups: list[list[Key]]) -> tuple[float, float]:
+        """Mean of the groups' precisions and the jackknife's half width."""
+        folds = self._folds()
+        values = np.array([self._precisions(keys, folds) for keys in groups])
+        known = values[~np.isnan(values).all(axis=1)]
+        if not len(known):
+            return float("nan"), float("nan")
+        whole = float(known[:, 0].mean())
+        if len(known[0]) < 3:
+            return whole, float("nan")
+        # A class may have no ground truth left without a fold.
+        without = np.nanmean(known[:, 1:], axis=0)
+        variance = (len(without) - 1) * np.var(without)
+        return whole, float(1.96 * variance**0.5)
+
+    def _folds(self) -> dict[Hashable, int]:
+        """Episode -> which of at most ``_NUM_FOLDS`` groups it is left out with."""
+        episodes = list(dict.fromkeys(episode for episode, _ in self._truths))
+        num_folds = min(len(episodes), _NUM_FOLDS)
+        return {episode: i % num_folds for i, episode in enumerate(episodes)}
+
+    def _precisions(self, keys: list[Key], folds: Mapping[Hashable, int] | None = None) -> list:
+        """AP over the entries of ``keys``, then without each fold.
+
+        Only right entries are ranked among each other: the many wrong ones are sorted fold by fold and counted.
+        """
+        of_fold: dict[int, list[Key]] = {}
+        for key in keys:
+            of_fold.setdefault(folds[key[0]] if folds else 0, []).append(key)
+        scores = {f: [_joined(self._entries[key]) for key in own] for f, own in of_fold.items()}
+        found = {f: np.concatenate([s[r] for s, r in parts]) for f, parts in scores.items()}
+        ranked = np.concatenate(list(found.values())) if found else np.empty(0)
+        order = np.argsort(-ranked, kind="stable")
+        fold = np.repeat(list(found), [len(s) for s in found.values()])[order]
+        above = {
+            f: _num_above(ranked[order], np.concatenate([s[~r] for s, r in scores.pop(f)]))
+            for f in list(scores)
+        }
+        total = sum(above.values(), start=np.zeros(len(ranked), np.int64))
+        truths = {f: sum(self._truths[key] for key in own) for f, own in of_fold.items()}
+        values = [_area(total, sum(truths.values()))]
+        for left_out in range(max(folds.values()) + 1 if folds else 0):
+            rest = fold != left_out
+            without = total[rest] - above[left_out][rest] if left_out in above else total
+            values.append(_area(without, sum(truths.values()) - truths.get(left_out, 0)))
+        return values
+
+
+def _joined(parts: list[Entries]) -> Entries:
+    if not parts:
+        return np.empty(0, np.float32), np.empty(0, bool)
+    scores, right = zip(*parts, strict=True)
+    return np.concatenate(scores), np.concatenate(right)
+
+
+def _top(entries: Entries, rank: int) -> Entries:
+    """The best ``rank`` entries, best first."""
+    scores, right = entries
+    order = np.argsort(-scores, kind="stable")[:rank]
+    return scores[order], right[order]

@@ -39,6 +39,10 @@ class Pairs:
             part = slice(start, start + size)
             yield Pairs(self.query[part], self.episode_class[part], self.support[part])
 
+    def rows_of(self, query: int) -> list[int]:
+        """Rows of the batch's ``SupportFeatures`` that are searched in a query."""
+        return [row for of, row in zip(self.query, self.support, strict=True) if of == query]
+
     def of_query(self, tensor: Tensor) -> Tensor:
         """Row by query (N, ...) -> row by pair (P, ...), without a copy where all pairs are of one query."""
         if len(set(self.query)) == 1:
@@ -109,6 +113,18 @@ class FewShotDetector(nn.Module):
     def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:
         """Features of all classes of all sets, set after set; independent of any query."""
         raise NotImplementedError
+
+    def describe_queries(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Any]:
+        """What ``search`` takes, one a query: what is worth computing once for many searches; here, nothing."""
+        return list(batched_inputs)
+
+    def search(self, query: Any, support: SupportFeatures) -> Instances:
+        """Detect all classes of ``support`` in a query of ``describe_queries``, in original query pixels."""
+        return self([{**query, "support_features": support}])[0]["instances"]
+
+    def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
+        """What pre-training compares, {name: Tensor[K, ...]}: the tensors of ``encode_support``, unless overridden."""
+        return self.encode_support(support_sets).tensors
 
     def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalise and batch the queries, padded right and below to the backbone's divisibility."""

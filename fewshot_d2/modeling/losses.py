@@ -1,9 +1,11 @@
-"""Losses: the normalisers of detectron2 and of the original Siamese Mask R-CNN, and a contrast of supports.
+"""Losses: normalisers of detectron2 and of the original Siamese Mask R-CNN, hard examples, a contrast of supports.
 
 detectron2 divides sums of box losses by *all* sampled anchors or ROIs, the original by the positives x 4. Published
 loss weights mean something only together with their own normalisers (spec 2.7), so both are here. All counts are
 averaged over processes: then several processes give the gradient of one process with the same global batch.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,21 @@ def roi_normalizers(
     if reduction == "original":
         return max(num_slots, 1.0), max(4.0 * num_positive, 1.0)
     return max(num_sampled, 1.0), max(num_sampled, 1.0)
+
+
+def hardest_rois(losses: Tensor, counts: Sequence[int], keep: int) -> Tensor:
+    """Online hard example mining: the ``keep`` ROIs of each image with the highest loss.
+
+    Args:
+        losses (Tensor[R]): of all images, one after another. counts: ROIs of each image.
+
+    Returns:
+        bool Tensor[R].
+    """
+    kept = torch.zeros_like(losses, dtype=torch.bool)
+    for part, chosen in zip(losses.split(list(counts)), kept.split(list(counts)), strict=True):
+        chosen[part.topk(min(keep, len(part))).indices] = True
+    return kept
 
 
 def support_contrast(first: Tensor, second: Tensor, temperature: float) -> Tensor:

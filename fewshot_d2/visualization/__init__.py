@@ -3,6 +3,7 @@
 from .pictures import draw_instances, episode_panel, query_panel
 from .plots import (
     plot_ap50_by_instances,
+    plot_by_shots,
     plot_confusion,
     plot_precision_recall,
     plot_training_losses,
@@ -12,6 +13,7 @@ __all__ = [
     "draw_instances",
     "episode_panel",
     "plot_ap50_by_instances",
+    "plot_by_shots",
     "plot_confusion",
     "plot_precision_recall",
     "plot_training_losses",

@@ -54,6 +54,29 @@ def plot_ap50_by_instances(
     return _png(figure)
 
 
+def plot_by_shots(
+    values: Mapping[str, Mapping[int, tuple[float, float]]], ylabel: str, title: str = ""
+) -> bytes:
+    """Draw a number against the examples a class.
+
+    Args:
+        values: name -> {shots: (value, half width of its interval; NaN = none)}.
+        ylabel: what the value is. title: above the diagram.
+    """
+    figure, axes = _figure(title, "examples a class", ylabel)
+    shots = sorted({n for series in values.values() for n in series})
+    for i, (name, series) in enumerate(values.items()):
+        places = [shots.index(n) for n in series]
+        means, widths = zip(*series.values(), strict=True)
+        widths = np.nan_to_num(widths)
+        axes.errorbar(places, means, widths, marker="o", capsize=4, label=name, **_line(i))
+    axes.set_xticks(range(len(shots)), shots)
+    axes.set_xlim(-0.3, len(shots) - 0.7)
+    axes.set_ylim(bottom=0)
+    _legend(figure, axes, len(values))
+    return _png(figure)
+
+
 def plot_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str = "") -> bytes:
     """Draw a confusion matrix and, below it, the sums of its columns without the diagonal.
 

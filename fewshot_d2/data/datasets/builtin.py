@@ -67,6 +67,8 @@ def multi_instance_parts() -> list[Part]:
     # As many base classes as novel ones are tested, so that both are equally hard.
     seen = (0, GLYPHS.num_classes - _NUM_BASE_GLYPHS)
     omniglot = OmniglotGlyphs()
+    # Few classes with many scenes each, for episodes whose classes have their own queries and supports.
+    few_novel, few_base = ((start, start + 120) for start, _ in (EVALUATION, BACKGROUND))
     # Exemplars of Omniglot are by other people than the scenes, in training as in evaluation.
     return [
         Part("scenes_glyphs_train", GLYPHS, base, (0, 40), (40, 50), 4000, 3, 1),
@@ -75,6 +77,9 @@ def multi_instance_parts() -> list[Part]:
         Part("scenes_omniglot_train", omniglot, BACKGROUND, (0, 7), (7, 10), 8000, 3, 4),
         Part("scenes_omniglot_val_base", omniglot, BACKGROUND, (10, 17), (17, 20), 300, 3, 5),
         Part("scenes_omniglot_val_novel", omniglot, EVALUATION, (10, 17), (17, 20), 300, 3, 6),
+        Part("scenes_omniglot_train_240", omniglot, (0, 240), (0, 10), (10, 13), 8000, 3, 9),
+        Part("scenes_omniglot_episodes_novel", omniglot, few_novel, (10, 17), (17, 20), 1000, 3, 7),
+        Part("scenes_omniglot_episodes_base", omniglot, few_base, (10, 17), (17, 20), 1000, 3, 8),
     ]
 
 

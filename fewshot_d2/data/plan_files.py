@@ -1,0 +1,191 @@
+"""Plans as files: what evaluation plans and benchmark plans share.
+
+The hash is that of the content, not of the file's layout: the same seed gives the same hash on every machine. Image,
+dataset category and annotation ids are those of the json files.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from ..files import canonical_sha256, write_json
+from .splits import SIDES
+
+T = TypeVar("T", bound="PlanFile")
+E = TypeVar("E")
+
+_IDS, _ID_LISTS = tuple[int, ...], tuple[tuple[int, ...], ...]
+
+
+class PlanFile:
+    """Base of frozen dataclasses with fields ``dataset, support_dataset, split, side, class_ids, episodes``.
+
+    Fields are text, integers, tuples of ids, and ``episodes``, a tuple of ``EPISODE``, a dataclass of integers,
+    tuples of ids and tuples of such tuples with an ``id`` and ``class_ids``.
+    """
+
+    KIND: ClassVar[str]
+    EPISODE: ClassVar[type]
+    VERSION: ClassVar[int] = 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content in canonical form."""
+        return canonical_sha256(self._content())
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan atomically.
+
+        Raises:
+            OSError: the file cannot be written; an older plan of that name is left as it was.
+        """
+        write_json(path, self._content())
+
+    @classmethod
+    def load(cls: type[T], path: str | Path) -> T:
+        """Read a plan.
+
+        Raises:
+            ValueError: the file is no such plan; the message names the file and what is wrong in it.
+        """
+        try:
+            return cls._from_content(json.loads(Path(path).read_bytes()))
+        except ValueError as error:
+            kind = f"an {cls.KIND}" if cls.KIND[0] in "aeiou" else f"a {cls.KIND}"
+            raise ValueError(f"{path} must be {kind} plan, got: {error}") from error
+
+    def check_classes(self) -> None:
+        """Raise a ``ValueError`` unless class and episode ids are unique and episodes have classes of the plan."""
+        known, episode_ids = set(self.class_ids), set()
+        if len(known) != len(self.class_ids):
+            raise ValueError(f"class_ids must be unique, got {self.class_ids}")
+        for episode in self.episodes:
+            classes = set(episode.class_ids)
+            if episode.id in episode_ids:
+                raise ValueError(f"episode ids must be unique, got {episode.id} twice")
+            if not classes <= known or len(classes) != len(episode.class_ids):
+                raise ValueError(
+                    f"episode {episode.id}: class_ids must be unique and among the plan's, "
+                    f"got {list(episode.class_ids)}"
+                )
+            episode_ids.add(episode.id)
+
+    def check(self, query_index: Any, support_index: Any, dataset: str) -> None:
+        """Raise a ``ValueError`` that names the culprit unless the plan fits these data.
+
+        Args:
+            query_index (InstanceIndex): of the data set that is searched. support_index (InstanceIndex): of the one
+                that has the supports.
+            dataset: name of the data set that is searched.
+        """
+        if self.dataset != dataset:
+            raise ValueError(
+                f"plan of another data set: it must be of {dataset!r}, got one of {self.dataset!r}"
+            )
+        for episode in self.episodes:
+            try:
+                self._check_queries(episode, query_index)
+                for class_id, shots in zip(episode.class_ids, episode.supports):
+                    for annotation_id in shots:
+                        actual = support_index.class_of(annotation_id)
+                        if actual != class_id:
+                            raise ValueError(
+                                f"support {annotation_id} must be of class {class_id}, got class {actual}"
+                            )
+            except ValueError as error:
+                raise ValueError(
+                    f"episode {episode.id} of the plan must fit the data set {dataset!r}: {error}"
+                ) from error
+
+    def _check_queries(self, episode: Any, query_index: Any) -> None:
+        raise NotImplementedError
+
+    def _source(self) -> str:
+        """The part of a file name that tells data sets, splits and sides apart."""
+        source = "" if self.support_dataset == self.dataset else f"-from-{self.support_dataset}"
+        split = re.sub(r"[^A-Za-z0-9_.]+", "_", self.split)
+        if len(split) > 60:
+            split = f"{split[:50]}_{canonical_sha256(self.split)[:8]}"
+        return f"{self.dataset}{source}-{split}-{self.side}"
+
+    @classmethod
+    def _format(cls) -> str:
+        return f"fewshot_d2/{cls.KIND}_plan"
+
+    def _content(self) -> dict[str, Any]:
+        body = {field.name: getattr(self, field.name) for field in fields(self)}
+        body["episodes"] = [vars(episode) for episode in self.episodes]
+        return {"format": self._format(), "version": self.VERSION, **body}
+
+    @classmethod
+    def _from_content(cls: type[T], content: Any) -> T:
+        header = content if isinstance(content, dict) else {}
+        if header.get("format") != cls._format() or header.get("version") != cls.VERSION:
+            raise ValueError(
+                f"format must be {cls._format()} version {cls.VERSION}, got "
+                f"{header.get('format')!r} version {header.get('version')!r}"
+            )
+        body = {key: value for key, value in header.items() if key not in ("format", "version")}
+        _check_keys(cls, body)
+        if not isinstance(body["episodes"], list):
+            raise ValueError(f"episodes must be a list, got {type(body['episodes']).__name__}")
+        episodes = [
+            _episode(cls.EPISODE, row, f"episodes[{i}]") for i, row in enumerate(body["episodes"])
+        ]
+        kinds = {field.name: field.type for field in fields(cls) if field.name != "episodes"}
+        values = {name: _parsed(kind, body[name], name) for name, kind in kinds.items()}
+        return cls(**values, episodes=tuple(episodes))
+
+
+def check_side(side: str) -> None:
+    """Raise a ``ValueError`` unless ``side`` is one of the sides of a split."""
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {SIDES}, got {side!r}")
+
+
+def _episode(kind: type[E], row: Any, where: str) -> E:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object, got {row!r}")
+    try:
+        _check_keys(kind, row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return kind(
+        **{f.name: _parsed(f.type, row[f.name], f"{where}: {f.name}") for f in fields(kind)}
+    )
+
+
+def _check_keys(kind: type, content: Mapping[str, Any]) -> None:
+    expected = {field.name for field in fields(kind)}
+    if content.keys() != expected:
+        raise ValueError(
+            f"keys of {kind.__name__} must be complete, got missing "
+            f"{sorted(expected - content.keys())}, unknown {sorted(content.keys() - expected)}"
+        )
+
+
+def _parsed(kind: Any, value: Any, what: str) -> Any:
+    """A value of a json as the type of its field."""
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{what} must be text, got {value!r}")
+        return value
+    if kind is int:
+        return _integers([value], what)[0]
+    if kind == _IDS:
+        return _integers(value, what)
+    if kind != _ID_LISTS:
+        raise TypeError(f"{what} must be text, an integer, ids or lists of ids, got {kind}")
+    if not isinstance(value, list):
+        raise ValueError(f"{what} must be one list a class, got {value!r}")
+    return tuple(_integers(ids, what) for ids in value)
+
+
+def _integers(values: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{what} must be integers, got {values!r}")
+    return tuple(values)

@@ -1,0 +1,125 @@
+"""The episodic benchmark by config: plans, runs without and with fine-tuning, numbers, a diagram and pictures."""
+
+import io
+import logging
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_context, print_csv_format
+from detectron2.utils import comm
+from PIL import Image
+from torch import nn
+
+from ..data.benchmark_plans import BenchmarkPlan, build_benchmark_plans
+from ..data.dataset_mapper import read_image
+from ..data.episodes import EpisodeFactory
+from ..data.loaders import build_factory, build_mapper
+from ..files import write_bytes
+from ..visualization import episode_panel, plot_by_shots
+from .episode_runner import EpisodeRunner, Found
+from .finetune import FineTuning
+from .plans import checked_plan, save_plans, support_datasets, write_results
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    """Run all plans without and with fine-tuning as FEWSHOT.BENCHMARK says; print, draw and write the numbers.
+
+    Returns:
+        ``{"dataset/side/5way-1shot": {metric: percent}}``, ``".../fine-tuned"`` beside it; empty off the main process.
+    """
+    if not comm.is_main_process():
+        return {}
+    # Several processes wrap it; what is trained on an episode is the detector itself.
+    model = getattr(model, "module", model)
+    node, output = cfg.FEWSHOT.BENCHMARK, Path(cfg.OUTPUT_DIR)
+    mapper = build_mapper(cfg, is_train=False)
+
+    @lru_cache(maxsize=1)
+    def runner_of(dataset: str, support_dataset: str) -> EpisodeRunner:
+        factory = build_factory(dataset, support_dataset)
+        return EpisodeRunner(model, factory, mapper, kept_queries=node.KEPT_QUERIES)
+
+    results: dict[str, Any] = {}
+    with inference_context(model):
+        for plan in benchmark_plans(cfg):
+            runner = runner_of(plan.dataset, plan.support_dataset)
+            plan.check(runner.factory.query_index, runner.factory.support_index, plan.dataset)
+            for is_tuned in node.FINE_TUNE:
+                name = f"{plan.dataset}/{plan.side}/{plan.ways}way-{plan.shots}shot"
+                name += "/fine-tuned" if is_tuned else ""
+                logger.info("%s, %d episodes, SHA-256 %s", name, len(plan.episodes), plan.sha256)
+                show = _painter(output / "pictures" / name, runner.factory, node.PICTURES)
+                outcome = runner.run(plan, FineTuning.from_cfg(cfg) if is_tuned else None, show)
+                results[name] = outcome.metrics()
+                write_results(cfg, results)
+    write_bytes(output / "benchmark.png", _diagram(results))
+    print_csv_format(results)
+    return results
+
+
+def benchmark_plans(cfg: CfgNode) -> list[BenchmarkPlan]:
+    """The plans of FEWSHOT.BENCHMARK.PLANS, or new ones, one for each number of shots, saved in OUTPUT_DIR/plans."""
+    node = cfg.FEWSHOT.BENCHMARK
+    if node.PLANS:
+        return [checked_plan(cfg, path, BenchmarkPlan.load(path)) for path in node.PLANS]
+    plans = [
+        plan
+        for dataset, support_dataset in zip(cfg.DATASETS.TEST, support_datasets(cfg), strict=True)
+        for plan in build_benchmark_plans(
+            dataset=dataset,
+            support_dataset=support_dataset,
+            split=cfg.FEWSHOT.SPLIT,
+            sides=cfg.FEWSHOT.TEST.SIDES,
+            shots=node.SHOTS,
+            ways=node.WAYS,
+            queries_per_class=node.QUERIES_PER_CLASS,
+            num_episodes=node.EPISODES,
+            seed=node.SEED,
+        )
+    ]
+    save_plans(cfg, plans)
+    return plans
+
+
+def _diagram(results: Mapping[str, Mapping[str, float]]) -> bytes:
+    """AP against shots: a curve for each data set and side, without and with fine-tuning."""
+    curves: dict[str, dict[int, tuple[float, float]]] = {}
+    for name, metrics in results.items():
+        source, _, kind = name.partition("way-")
+        shots, _, tuned = kind.partition("shot")
+        curve = curves.setdefault(f"{source.rpartition('/')[0]}{tuned}", {})
+        curve[int(shots)] = metrics["AP"], metrics["AP_ci95"]
+    return plot_by_shots(curves, "AP, all detections in one list (%)")
+
+
+def _painter(folder: Path, factory: EpisodeFactory, number: int) -> Callable[[Found], None]:
+    """Draws the first query of each of the first ``number`` episodes into ``folder``."""
+
+    def paint(found: Found) -> None:
+        episode = found.episode
+        if episode.id >= number or found.image_id != episode.query_image_ids[0]:
+            return
+        record = factory.query_index.dicts[factory.query_index.image_index(found.image_id)]
+        labels = {class_id: k for k, class_id in enumerate(found.support_set.class_ids)}
+        truth = found.truth[[class_id in labels for class_id in found.truth.gt_ids.tolist()]]
+        truth.gt_classes = torch.tensor(
+            [labels[c] for c in truth.gt_ids.tolist()], dtype=torch.int64
+        )
+        panel = episode_panel(
+            read_image(record, "RGB"),
+            found.support_set,
+            ground_truth=truth,
+            predictions=found.predictions,
+            threshold=0.5,
+        )
+        png = io.BytesIO()
+        Image.fromarray(panel).save(png, "PNG")
+        write_bytes(folder / f"episode_{episode.id}.png", png.getvalue())
+
+    return paint

@@ -1,0 +1,61 @@
+"""Plans of a config, of either kind: where they come from, whether they fit it, where they and results are written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..data.benchmark_plans import BenchmarkPlan
+from ..data.plans import EvaluationPlan
+from ..data.splits import classes_of_side
+from ..files import write_json
+
+Plan = TypeVar("Plan", EvaluationPlan, BenchmarkPlan)
+
+
+def checked_plan(cfg: CfgNode, path: str, plan: Plan) -> Plan:
+    """The plan, if it is one of this config: a plan of another split would call trained classes novel."""
+    if plan.dataset not in cfg.DATASETS.TEST or plan.split != cfg.FEWSHOT.SPLIT:
+        raise ValueError(
+            f"{path} must be a plan of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} and FEWSHOT.SPLIT "
+            f"{cfg.FEWSHOT.SPLIT!r}, got one of {plan.dataset!r} and {plan.split!r}"
+        )
+    foreign = set(plan.class_ids) - set(classes_of_side(plan.dataset, plan.split, plan.side))
+    if foreign:
+        raise ValueError(
+            f"{path} must have {plan.side} classes only, got also {sorted(foreign)[:5]}"
+        )
+    return plan
+
+
+def support_datasets(cfg: CfgNode) -> Sequence[str]:
+    """One data set of supports for each of DATASETS.TEST."""
+    names = cfg.FEWSHOT.SUPPORT.DATASETS_TEST or cfg.DATASETS.TEST
+    if len(names) != len(cfg.DATASETS.TEST):
+        raise ValueError(
+            f"FEWSHOT.SUPPORT.DATASETS_TEST must have one name for each of {cfg.DATASETS.TEST}, "
+            f"got {names}"
+        )
+    return names
+
+
+def save_plans(cfg: CfgNode, plans: Sequence[EvaluationPlan | BenchmarkPlan]) -> None:
+    """Write new plans below OUTPUT_DIR/plans and their hashes into OUTPUT_DIR/plans.json."""
+    if not comm.is_main_process():
+        return
+    for plan in plans:
+        plan.save(Path(cfg.OUTPUT_DIR) / "plans" / plan.file_name)
+    hashes = [{"file": plan.file_name, "sha256": plan.sha256} for plan in plans]
+    write_json(Path(cfg.OUTPUT_DIR) / "plans.json", hashes, indent=1)
+
+
+def write_results(cfg: CfgNode, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Write OUTPUT_DIR/results.json; what is not a number is null there."""
+    content = {
+        task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        for task, metrics in results.items()
+    }
+    write_json(Path(cfg.OUTPUT_DIR) / "results.json", content, indent=1)
