@@ -66,8 +66,8 @@ def tiny_repmet(*overrides: object, seed: int = 0) -> nn.Module:
     cfg = load_config(str(TINY_REPMET), [*TINY_REPMET_OVERRIDES, *overrides])
     model = build_model(cfg).eval()
     # Scores of a new embedding are all alike; a larger one makes comparisons mean something.
-    if cfg.MODEL.REPMET.EMBEDDING_DIM:
-        torch.nn.init.normal_(model.predictor.embedding.weight)
+    if isinstance(model.predictor.embedding, nn.Linear):
+        nn.init.normal_(model.predictor.embedding.weight)
     return model
 
 

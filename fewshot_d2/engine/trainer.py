@@ -79,6 +79,8 @@ class EpisodicTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         """detectron2's hooks and ours; ours come first so that the timer and writers see their work."""
         ours = [SeedEachStep(max(self.cfg.SEED, 0))]
+        loader = self._trainer.data_loader
+        ours += self.checkpointer.model.training_hooks(loader.episodes, loader.total_batch_size)
         if self.cfg.SOLVER.HEADS_ONLY_ITERS > 0:
             ours.append(HeadsOnlyWarmup(self.optimizer, self.cfg.SOLVER.HEADS_ONLY_ITERS))
         if self.cfg.VIS_PERIOD > 0 and comm.is_main_process():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.engine import HookBase
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
@@ -113,6 +114,14 @@ class FewShotDetector(nn.Module):
     def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:
         """Features of all classes of all sets, set after set; independent of any query."""
         raise NotImplementedError
+
+    def training_hooks(self, episodes: Any, batch_size: int) -> list[HookBase]:
+        """Hooks of this system alone.
+
+        Args:
+            episodes: what is trained on, mapped queries by number. batch_size: queries a step in all processes.
+        """
+        return []
 
     def describe_queries(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Any]:
         """What ``search`` takes, one a query: what is worth computing once for many searches; here, nothing."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.modeling.proposal_generator import build_proposal_generator
@@ -18,6 +19,7 @@ from ...modeling.detector import FewShotDetector
 from ...structures import SupportFeatures, SupportSet
 from ...transforms import ResizeByRule
 from .predictors import EpisodicOutputLayers
+from .refresh import RULES, RefreshRepresentatives
 from .supports import SUPPORT_ROIS, SupportImage, chosen_rois, support_images
 from .tuning import EpisodeTuner, tuned_modules
 
@@ -54,6 +56,7 @@ class RepMet(FewShotDetector):
         resize: ResizeByRule,
         support_rois: str,
         support_iou: float,
+        kmeans: str,
         **kwargs: Any,
     ):
         """Add to the shell the heads and how a support image is read.
@@ -61,15 +64,17 @@ class RepMet(FewShotDetector):
         Args:
             roi_heads: with ``pool``, ``describe`` and a ``box_predictor`` that takes episodes.
             resize: of support images, as that of test queries.
-            support_rois, support_iou: see MODEL.REPMET in ``config``.
+            support_rois, support_iou, kmeans: see MODEL.REPMET in ``config``.
         """
         super().__init__(**kwargs)
         self.proposal_generator, self.roi_heads, self.resize = proposal_generator, roi_heads, resize
-        if support_rois not in SUPPORT_ROIS:
-            raise ValueError(
-                f"REPMET.SUPPORT_ROIS must be one of {SUPPORT_ROIS}, got {support_rois!r}"
-            )
-        self.support_rois, self.support_iou = support_rois, support_iou
+        for key, value, allowed in (
+            ("SUPPORT_ROIS", support_rois, SUPPORT_ROIS),
+            ("KMEANS", kmeans, RULES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"REPMET.{key} must be one of {allowed}, got {value!r}")
+        self.support_rois, self.support_iou, self.kmeans = support_rois, support_iou, kmeans
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -89,6 +94,7 @@ class RepMet(FewShotDetector):
             "resize": ResizeByRule.from_cfg(cfg, is_train=False),
             "support_rois": cfg.MODEL.REPMET.SUPPORT_ROIS,
             "support_iou": cfg.MODEL.REPMET.SUPPORT_IOU,
+            "kmeans": cfg.MODEL.REPMET.KMEANS,
         }
 
     @property
@@ -199,6 +205,12 @@ class RepMet(FewShotDetector):
         """Whether fine-tuning ``layers`` changes what ``describe_queries`` gives."""
         head = set(self.roi_heads.description_layers.modules())
         return layers == "all" or not head.isdisjoint(tuned_modules(self, layers))
+
+    def training_hooks(self, episodes: Any, batch_size: int) -> list[HookBase]:
+        """K-means of the representatives, by key."""
+        if self.kmeans == "none":
+            return []
+        return [RefreshRepresentatives(self, episodes, batch_size=batch_size, rule=self.kmeans)]
 
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
         """Embeddings of whole crops: proposals are of no use before the detector has learned to make them."""
