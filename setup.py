@@ -17,13 +17,13 @@ REQUIREMENTS = [
     "tqdm>=4.29",
     "matplotlib>=3.5",
     "tensorboard>=2.9",
+    "scikit-learn>=1.2",
 ]
 EXTRAS = {
     "test": [
         "pytest>=7",
         "pytest-xdist>=3",
         "ruff>=0.6",
-        "scikit-learn>=1.2",
         "scipy>=1.9",
         "pytorch-metric-learning>=2.5",
     ],

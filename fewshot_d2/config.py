@@ -59,6 +59,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
         ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
         ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), ("episodes", "base_images")),
+        ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
         ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), ("paper", "code")),
         ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
         ("SOLVER.CLIP_GRADIENTS.ENABLED", (cfg.SOLVER.CLIP_GRADIENTS.ENABLED,), (False,)),
@@ -192,6 +193,14 @@ def _add_fine_tuning(node: CN) -> None:
 def _add_backbones(cfg: CN) -> None:
     # ReLU after the lateral and the output convolutions of the FPN, as the original code has it.
     cfg.MODEL.FPN.RELU = False
+    # How the last level is made: "maxpool" of the one below, or "conv" of the bottom-up's last map (RepMet).
+    cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
+
+    cfg.MODEL.DEFORMABLE = CN()
+    # Blocks of the ResNet whose 3x3 convolution is deformable: "stage:all", "stage:last" or "stage:number" from 0.
+    cfg.MODEL.DEFORMABLE.BLOCKS = ("res3:last", "res4:last", "res5:all")
+    # Groups of channels with offsets of their own.
+    cfg.MODEL.DEFORMABLE.GROUPS = 4
 
     cfg.MODEL.TORCHVISION = CN()
     # Any classification model of torchvision.models, its state dict (a local file or ""), ...

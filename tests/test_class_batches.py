@@ -121,10 +121,9 @@ def test_seeds_differ_and_processes_share_a_batch(folder, monkeypatch):
     assert [x["label"] for x in whole[0]] != [x["label"] for x in other]
     parts = []
     for rank in range(2):
-        for module in ("episodes", "loaders"):
-            base = f"fewshot_d2.data.{module}.comm"
-            monkeypatch.setattr(f"{base}.get_world_size", lambda: 2)
-            monkeypatch.setattr(f"{base}.get_rank", lambda rank=rank: rank)
+        for module in ("utils.comm", "data.build"):
+            monkeypatch.setattr(f"detectron2.{module}.get_world_size", lambda: 2)
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
         parts.append(first_batches(config(folder), 2))
     assert_same(whole, [a + b for a, b in zip(*parts, strict=True)])
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from fewshot_d2.modeling.metric_learning import (
     detection_posteriors,
+    hard_triplet_losses,
     margin_losses,
     mixture_log_posteriors,
     squared_distances,
@@ -167,3 +168,27 @@ def test_no_embedding_and_no_other_class(problem):
     assert detection_posteriors(none, SIGMA).shape == (0, 6)
     alone = squared_distances(embeddings, modes[:1])
     assert (margin_losses(alone, torch.zeros(20, dtype=torch.long), 0.5) == 0).all()
+
+
+def test_hard_triplets_equal_another_library(rng):
+    embeddings = torch.randn(20, 5, generator=rng)
+    labels = torch.randint(0, 4, (20,), generator=rng)
+    distance = pml_distances.LpDistance(power=2)
+    triplets = miners.BatchHardMiner(distance=distance)(embeddings, labels)
+    loss = pml_losses.TripletMarginLoss(
+        margin=0.5, distance=distance, reducer=reducers.MeanReducer()
+    )
+    expected = loss(embeddings, labels, triplets)
+    assert_close(hard_triplet_losses(embeddings, labels, 0.5, background=9).mean(), expected)
+
+
+def test_background_is_no_anchor_but_an_other():
+    embeddings = torch.tensor([[1.0, 0], [0.8, 0.6], [0.6, 0.8], [0, 1]])
+    # Two of class 0 and two of background, whose pair is no positive one.
+    losses = hard_triplet_losses(embeddings, torch.tensor([0, 0, 7, 7]), 0.5, background=7)
+    own = 2 - 2 * 0.8
+    expected = [own - (2 - 2 * 0.6) + 0.5, own - (2 - 2 * 0.96) + 0.5]
+    assert_close(losses, torch.tensor(expected).clamp(min=0))
+    alone = hard_triplet_losses(embeddings[:2], torch.tensor([0, 1]), 0.5, background=7)
+    assert alone.shape == (0,)
+    assert hard_triplet_losses(embeddings[:0], torch.zeros(0), 0.5, background=7).shape == (0,)

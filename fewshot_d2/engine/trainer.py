@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoint import FewShotCheckpointer
 from ..data.loaders import EpisodicTrainLoader
+from ..modeling.detector import FewShotDetector
 from .evaluate import evaluate
 from .hooks import HeadsOnlyWarmup, SeedEachStep, TrainingPictures
 from .pretrain import pretrain_supports
@@ -79,12 +80,13 @@ class EpisodicTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         """detectron2's hooks and ours; ours come first so that the timer and writers see their work."""
         ours = [SeedEachStep(max(self.cfg.SEED, 0))]
-        loader = self._trainer.data_loader
-        ours += self.checkpointer.model.training_hooks(loader.episodes, loader.total_batch_size)
+        model, loader = self.checkpointer.model, self._trainer.data_loader
+        if isinstance(model, FewShotDetector):
+            ours += model.training_hooks(loader.episodes, loader.total_batch_size)
         if self.cfg.SOLVER.HEADS_ONLY_ITERS > 0:
             ours.append(HeadsOnlyWarmup(self.optimizer, self.cfg.SOLVER.HEADS_ONLY_ITERS))
         if self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
-            ours.append(TrainingPictures(self.cfg, self.checkpointer.model))
+            ours.append(TrainingPictures(self.cfg, model))
         return ours + super().build_hooks()
 
     def state_dict(self) -> dict[str, Any]:

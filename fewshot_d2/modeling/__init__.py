@@ -1,12 +1,13 @@
 """Shared model parts. Importing it registers backbones, RPN and ROI heads in detectron2's registries."""
 
-from . import backbones, dml_classifier, losses, matching, roi_heads, rpn
+from . import backbones, deformable, dml_classifier, losses, matching, roi_heads, rpn
 from .detector import FewShotDetector, Pairs
 
 __all__ = [
     "FewShotDetector",
     "Pairs",
     "backbones",
+    "deformable",
     "dml_classifier",
     "losses",
     "matching",

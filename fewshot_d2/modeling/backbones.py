@@ -185,11 +185,33 @@ def _last_node_per_stride(model: nn.Module, tracer: dict) -> dict[int, tuple[str
     return {stride: found[stride] for stride in _STRIDES}
 
 
+class LastLevelConv(nn.Module):
+    """One more level by a strided convolution of the bottom-up's last map (RepMet spec 1.6)."""
+
+    num_levels = 1
+
+    def __init__(self, in_feature: str, in_channels: int, out_channels: int):
+        """Name of the bottom-up's map, its channels and those of the FPN."""
+        super().__init__()
+        self.in_feature = in_feature
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        nn.init.kaiming_uniform_(self.conv.weight, a=1)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map (Tensor[N, C, H, W]) -> [the level above]."""
+        return [self.conv(x)]
+
+
 def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """detectron2's FPN on the maps FPN.IN_FEATURES of any bottom-up, with one more level max-pooled from the last."""
+    """detectron2's FPN on the maps FPN.IN_FEATURES of any bottom-up, with one more level made from the last."""
     in_features = cfg.MODEL.FPN.IN_FEATURES
-    top_block = LastLevelMaxPool()
-    top_block.in_feature = f"p{bottom_up.output_shape()[in_features[-1]].stride.bit_length() - 1}"
+    last = bottom_up.output_shape()[in_features[-1]]
+    if cfg.MODEL.FPN.TOP_BLOCK == "conv":
+        top_block = LastLevelConv(in_features[-1], last.channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    else:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = f"p{last.stride.bit_length() - 1}"
     fpn = FPN(
         bottom_up=bottom_up,
         in_features=in_features,

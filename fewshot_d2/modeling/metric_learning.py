@@ -75,3 +75,27 @@ def margin_losses(distances: Tensor, labels: Tensor, margin: float) -> Tensor:
     own = F.one_hot(labels, nearest.shape[1]).bool()
     wrong = nearest.masked_fill(own, torch.inf).amin(dim=1)
     return F.relu(nearest[own] - wrong + margin)
+
+
+def hard_triplet_losses(
+    embeddings: Tensor, labels: Tensor, margin: float, background: int
+) -> Tensor:
+    """Batch-hard triplets of ROIs: the farthest of the own class against the nearest of all others.
+
+    Args:
+        embeddings (Tensor[R, D]): of any length; they are normalised here. labels (Tensor[R]).
+        margin: in squared distance. background: this label is an other for every class, but no anchor.
+
+    Returns:
+        Tensor[A]: of the ROIs that have another one of their class and one of another label.
+    """
+    if not len(labels):
+        return embeddings.new_zeros(0)
+    distances = squared_distances(embeddings, embeddings[:, None])[:, :, 0]
+    is_same = labels[:, None] == labels
+    is_other = ~is_same
+    is_same = is_same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    farthest = distances.masked_fill(~is_same, -torch.inf).amax(dim=1)
+    nearest = distances.masked_fill(~is_other, torch.inf).amin(dim=1)
+    is_anchor = (labels != background) & is_same.any(dim=1) & is_other.any(dim=1)
+    return F.relu(farthest[is_anchor] - nearest[is_anchor] + margin)

@@ -51,7 +51,9 @@ def tsne_figure(
     vectors = np.concatenate([embeddings, modes]).astype(np.float64)
     # TSNE wants a perplexity below the number of points.
     perplexity = min(_MAX_PERPLEXITY, (len(vectors) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors)
+    # The plane of the principal components, unless all is one point: TSNE would divide by its extent and crash.
+    init = "pca" if np.ptp(vectors, axis=0).max() > 1e-6 else "random"
+    places = TSNE(perplexity=perplexity, init=init, random_state=0).fit_transform(vectors)
     points, stars = np.split(places, [len(embeddings)])
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -115,8 +115,8 @@ def query_panel(
     """Draw a query dict of the batch contract with the model's output, as ``episode_panel`` does.
 
     Args:
-        query: with ``image`` (Tensor[3, H, W], uint8, resized), ``support``; ``instances``, if any,
-            are the ground truth on the resized image.
+        query: with ``image`` (Tensor[3, H, W], uint8, resized); ``instances``, if any, are the ground
+            truth on the resized image. Without ``support`` only what was found is drawn.
         predictions: on the original query.
         image_format: channel order of the image, "BGR" or "RGB".
         threshold: least score of a detection that is drawn.
@@ -129,6 +129,8 @@ def query_panel(
     resized.pred_boxes.scale(
         pixels.shape[1] / predictions.image_size[1], pixels.shape[0] / predictions.image_size[0]
     )
+    if "support" not in query:
+        return draw_instances(pixels, resized, threshold=threshold)
     return episode_panel(
         pixels,
         query["support"],

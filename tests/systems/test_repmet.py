@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import EventStorage
 from factories import random_query, random_support_set, tiny_model, tiny_repmet
 from torch.testing import assert_close
 
@@ -215,3 +216,23 @@ def test_contrast_features_are_one_embedding_a_crop(model, rng):
     sets = [random_support_set(rng, ways=3), random_support_set(rng, ways=3)]
     features = model.contrast_features(sets)
     assert {name: tuple(t.shape) for name, t in features.items()} == {"embedding": (6, 6)}
+
+
+def test_external_baseline_trains_its_embedding_alone(rng):
+    model = tiny_repmet("MODEL.REPMET.CLASSIFIER", "external").train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"roi_heads.box_predictor.embedding.{end}" for end in ("weight", "bias")}
+    queries = [random_query(rng, random_support_set(rng, ways=2)) for _ in range(2)]
+    with EventStorage():
+        losses = model(queries)
+    assert losses["loss_triplet"] > 0
+    sum(losses.values()).backward()
+    assert model.predictor.embedding.weight.grad.abs().sum() > 0
+    # Without any object there is nothing to learn from, and a gradient of zero.
+    for query in queries:
+        query["instances"] = query["instances"][:0]
+    model.zero_grad()
+    with EventStorage():
+        losses = model(queries)
+    sum(losses.values()).backward()
+    assert losses["loss_triplet"] == 0 and (model.predictor.embedding.weight.grad == 0).all()

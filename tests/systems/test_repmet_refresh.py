@@ -23,7 +23,15 @@ def folder(tmp_path_factory):
 def trainer_of(folder, output, *overrides):
     own = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "MODEL.ROI_HEADS.NUM_CLASSES", 4]
     own += ["SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", str(output), "SOLVER.MAX_ITER", 5]
-    own += ["MODEL.REPMET.KMEANS", "every_epoch", "MODEL.RPN.POST_NMS_TOPK_TEST", 150]
+    # Pictures of queries without supports are drawn on the way.
+    own += [
+        "VIS_PERIOD",
+        2,
+        "MODEL.REPMET.KMEANS",
+        "every_epoch",
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        150,
+    ]
     cfg = load_config(str(TINY_REPMET), [*TINY_REPMET_OVERRIDES, *own, *overrides])
     torch.manual_seed(0)
     return EpisodicTrainer(cfg)

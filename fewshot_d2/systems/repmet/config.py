@@ -6,7 +6,8 @@ from detectron2.config import CfgNode
 def add_config(cfg: CfgNode) -> None:
     """Add MODEL.REPMET; the defaults are those of the original code (spec 7)."""
     node = cfg.MODEL.REPMET = CfgNode()
-    # "representatives", or "linear": a standard classifier whose last layer each episode trains (baseline-FT).
+    # "representatives", "linear": a standard classifier whose last layer each episode trains (baseline-FT), or
+    # "external": an embedding trained by triplets on a finished detector (baseline-DML-external).
     node.CLASSIFIER = "representatives"
     # Output of the linear embedding layer; 0 = none, the box head's features are the embedding (baseline-DML).
     node.EMBEDDING_DIM = 256

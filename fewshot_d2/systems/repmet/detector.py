@@ -75,6 +75,9 @@ class RepMet(FewShotDetector):
             if value not in allowed:
                 raise ValueError(f"REPMET.{key} must be one of {allowed}, got {value!r}")
         self.support_rois, self.support_iou, self.kmeans = support_rois, support_iou, kmeans
+        if self.predictor.trains_embedding_only:
+            self.requires_grad_(False)
+            self.predictor.embedding.requires_grad_()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from ...modeling.metric_learning import (
     detection_posteriors,
+    hard_triplet_losses,
     margin_losses,
     squared_distances,
 )
@@ -31,11 +33,13 @@ class MetricScores(NamedTuple):
     """What the head of RepMet says of R ROIs.
 
     Attributes:
+        embeddings (Tensor[R, D]): of any length.
         distances (Tensor[R, K', M]): squared, to the modes of all classes that compete.
         auxiliary (Tensor[R, N + 1] or None): logits of the linear classifier, for the trained classes only.
         num_searched (int): K, the first of the K' classes; the others are never reported.
     """
 
+    embeddings: Tensor
     distances: Tensor
     auxiliary: Tensor | None
     num_searched: int
@@ -116,13 +120,14 @@ class RepMetOutputLayers(EpisodicOutputLayers):
         embeddings, deltas = self.embedding(x), self.bbox_pred(x)
         if episode is None:
             distances = squared_distances(embeddings, self.representatives)
-            return MetricScores(distances, self.cls_score(x), self.num_classes), deltas
+            scores = MetricScores(embeddings, distances, self.cls_score(x), self.num_classes)
+            return scores, deltas
         rivals = [episode, self.trained_tensors()] if self.keep_base else [episode]
         modes, filled = (
             cat_padded([e[name] for e in rivals]) for name in ("representatives", "filled")
         )
         distances = squared_distances(embeddings, modes, filled)
-        return MetricScores(distances, None, len(episode["filled"])), deltas
+        return MetricScores(embeddings, distances, None, len(episode["filled"])), deltas
 
     def background_label(self, scores: MetricScores) -> int:
         """K', the number of classes that compete."""
@@ -194,3 +199,27 @@ def cluster(embeddings: Tensor, num_clusters: int) -> Tensor:
     points = embeddings.detach().cpu().double().numpy()
     centres = KMeans(num_clusters, n_init=10, random_state=0).fit(points).cluster_centers_
     return torch.from_numpy(centres).to(embeddings)
+
+
+class ExternalOutputLayers(RepMetOutputLayers):
+    """An embedding trained by triplets of ROIs on a finished detector (baseline-DML-external, paper 5.2).
+
+    Nothing else is trained; start from the weights of baseline-FT.
+    """
+
+    trains_embedding_only = True
+
+    def losses(
+        self, predictions: tuple[MetricScores, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Batch-hard triplets of the trained classes' ROIs; the losses of an episode are those of RepMet."""
+        scores, _ = predictions
+        if scores.auxiliary is None:
+            return super().losses(predictions, proposals)
+        labels = torch.cat([p.gt_classes for p in proposals])
+        background = self.background_label(scores)
+        triplets = hard_triplet_losses(scores.embeddings, labels, self.margin, background)
+        # A batch without a pair still has a gradient, of zero.
+        return {
+            "loss_triplet": triplets.sum() / max(len(triplets), 1) + 0 * scores.embeddings.sum()
+        }

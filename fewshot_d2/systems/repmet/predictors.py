@@ -27,6 +27,9 @@ class EpisodicOutputLayers(FastRCNNOutputLayers):
     ``class_losses`` and ``probabilities``.
     """
 
+    # Whether training leaves everything else in the detector as it is.
+    trains_embedding_only = False
+
     @configurable
     def __init__(
         self, input_shape: ShapeSpec, *, hard_rois: int, soft_nms_sigma: float, **kwargs: Any

@@ -70,10 +70,10 @@ class RefreshRepresentatives(HookBase):
         """(label, Tensor[R, D]) of every object that proposals cover."""
         (described,) = self.model.describe_queries([query])
         truth = query["instances"].to(self.model.device)
-        covering = (
-            pairwise_iou(truth.gt_boxes, described.proposals.proposal_boxes) >= _LEAST_IOU
+        covering = pairwise_iou(truth.gt_boxes, described.proposals.proposal_boxes) >= _LEAST_IOU
+        embeddings = torch.nn.functional.normalize(
+            self.model.predictor.embedding(described.x), dim=1
         )
-        embeddings = torch.nn.functional.normalize(self.model.predictor.embedding(described.x), dim=1)
         return [
             (label, embeddings[on_object])
             for label, on_object in zip(truth.gt_classes.tolist(), covering, strict=True)

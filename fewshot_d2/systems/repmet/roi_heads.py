@@ -13,10 +13,14 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, Res5ROIHeads, Stan
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from .metric import RepMetOutputLayers
+from .metric import ExternalOutputLayers, RepMetOutputLayers
 from .predictors import EpisodicOutputLayers, LinearOutputLayers
 
-CLASSIFIERS = {"representatives": RepMetOutputLayers, "linear": LinearOutputLayers}
+CLASSIFIERS = {
+    "representatives": RepMetOutputLayers,
+    "external": ExternalOutputLayers,
+    "linear": LinearOutputLayers,
+}
 
 
 def build_predictor(cfg: CfgNode, input_shape: ShapeSpec) -> EpisodicOutputLayers:
