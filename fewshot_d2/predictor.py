@@ -1,5 +1,8 @@
 """Inference on a user's own images: encode the supports once, then predict on many images."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -7,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from .checkpoint import FewShotCheckpointer
+from .engine.finetune import FineTuning, fine_tuned
 from .structures import SupportFeatures, SupportSet
 from .transforms import ResizeByRule
 
@@ -20,6 +24,7 @@ class FewShotPredictor:
         FewShotCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.resize = ResizeByRule.from_cfg(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
+        self.tuning = FineTuning.from_cfg(cfg)
         self.support: SupportFeatures | None = None
 
     def set_support(self, support: SupportSet | SupportFeatures) -> SupportFeatures:
@@ -29,6 +34,21 @@ class FewShotPredictor:
                 support = self.model.encode_support([support])
         self.support = support
         return support
+
+    @contextlib.contextmanager
+    def fine_tuned(self, support_set: SupportSet) -> Iterator[SupportFeatures]:
+        """Within the context, predict with the model tuned to the examples as FEWSHOT.FINETUNE says.
+
+        Afterwards the model is what it was, and supports must be set again.
+
+        Raises:
+            ValueError: the system cannot be fine-tuned.
+        """
+        with fine_tuned(self.model, support_set, self.tuning) as self.support:
+            try:
+                yield self.support
+            finally:
+                self.support = None
 
     def predict(self, image: np.ndarray) -> Instances:
         """Detect the classes of the support set.

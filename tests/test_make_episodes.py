@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from fewshot_d2.data.benchmark_plans import BenchmarkPlan
 from fewshot_d2.data.plans import EvaluationPlan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +53,27 @@ def test_tool_writes_and_names_one_plan_a_run(own_json, tmp_path, capsys):
     assert len(list(output.iterdir())) == 3
 
 
+def test_tool_writes_a_benchmark_plan_for_each_number_of_shots(own_json, tmp_path, capsys):
+    arguments = ["--side", "all", "--ways", 2, "--shots", 1, 3, "--queries-per-class", 2]
+    run_tool(*own_json, *arguments, "--episodes", 4, "--output", tmp_path / "plans")
+    lines = capsys.readouterr().out.splitlines()
+    plans = [BenchmarkPlan.load(line.split("  ")[0]) for line in lines]
+    assert [(plan.shots, plan.max_shots, plan.seed) for plan in plans] == [
+        (1, 3, 9001),
+        (3, 3, 9001),
+    ]
+    for line, plan in zip(lines, plans, strict=True):
+        assert line.endswith(f"sha256 {plan.sha256}  4 episodes")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ["--side", "all", "--ways", 3],
+            "1 episode and 3 classes .* got 500 episodes and 2 classes",
+        ),
+        (["--side", "all", "--ways", 2, "--shots", 0], "must be at least 1"),
         (["--split", "novel:frok"], "make_episodes: split .* got 'frok' .*fork"),
         (["--split", "all"], "make_episodes: --split all must have novel classes, got none"),
         (["--support-dataset", "nobody"], "data set must be registered, got 'nobody'"),

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from factories import random_support_set, tiny_config
+from factories import TINY_REPMET, TINY_REPMET_OVERRIDES, random_support_set, tiny_config
 from PIL import Image
 
-from fewshot_d2 import FewShotPredictor, Support
+from fewshot_d2 import FewShotPredictor, Support, load_config
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,20 @@ def test_support_from_file_turns_by_exif_and_converts(tmp_path):
     for name in ("broken.jpg", "missing.jpg"):
         with pytest.raises(ValueError, match=name):
             Support.from_file(tmp_path / name)
+
+
+def test_predicts_with_a_tuned_model_within_the_context_alone(rng):
+    overrides = [*TINY_REPMET_OVERRIDES, "FEWSHOT.FINETUNE.BASE_LR", 0.01]
+    torch.manual_seed(0)
+    predictor = FewShotPredictor(load_config(str(TINY_REPMET), overrides))
+    support, image = random_support_set(rng), np.full((40, 40, 3), 99, np.uint8)
+    predictor.set_support(support)
+    before = predictor.predict(image)
+    with predictor.fine_tuned(support) as features:
+        assert features.class_ids == support.class_ids
+        tuned = predictor.predict(image)
+    assert len(before) and not torch.equal(tuned.scores, before.scores)
+    with pytest.raises(RuntimeError, match="set_support"):
+        predictor.predict(image)
+    predictor.set_support(support)
+    assert torch.equal(predictor.predict(image).scores, before.scores)

@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""Write evaluation plans: one file a run, each printed with its SHA-256.
+"""Write evaluation plans, one a run, or with --ways benchmark plans, one a number of shots; prints their SHA-256.
 
-Example::
+Examples::
 
     python tools/make_episodes.py --dataset coco482 --json coco482/instances.json \
         --images coco482/images --split every_4th:1 --side novel --output plans
+    python tools/make_episodes.py ... --ways 5 --shots 1 5 10 --queries-per-class 10 --episodes 500 --output plans
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog
 
+from fewshot_d2.data.benchmark_plans import BenchmarkPlan, build_benchmark_plans
 from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.data.loaders import build_plans
-from fewshot_d2.data.plans import PROTOCOLS
+from fewshot_d2.data.plans import PROTOCOLS, EvaluationPlan
 from fewshot_d2.data.splits import SIDES
 
 
@@ -33,14 +36,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--side", choices=SIDES, default="novel")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="present")
-    parser.add_argument("--shots", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shots", type=int, nargs="+", default=[1], help="a plan for each")
+    parser.add_argument("--seed", type=int, help="default: 0, of benchmark plans 9001")
     parser.add_argument("--runs", type=int, default=5, help="number of plans, runs 0, 1, ...")
     parser.add_argument("--max-images", type=int, default=0, help="0 = all")
+    parser.add_argument("--ways", type=int, help="classes an episode: write benchmark plans")
+    parser.add_argument("--queries-per-class", type=int, default=10, help="with --ways")
+    parser.add_argument("--episodes", type=int, default=500, help="with --ways")
     parser.add_argument("--output", type=Path, required=True, help="folder of the plans")
     args = parser.parse_args(argv)
     if (args.json is None) != (args.images is None):
         parser.error("--json and --images must be given together")
+    if args.seed is None:
+        args.seed = 0 if args.ways is None else 9001
     if args.runs < 1:
         parser.error(f"--runs must be at least 1, got {args.runs}")
     return args
@@ -54,25 +62,50 @@ def write_plans(args: argparse.Namespace) -> None:
     for name in (args.dataset, support_dataset):
         if name not in DatasetCatalog.list():
             raise ValueError(f"data set must be registered, got {name!r} (see --json)")
-    plans = build_plans(
-        dataset=args.dataset,
-        support_dataset=support_dataset,
-        split=args.split,
-        sides=(args.side,),
-        runs=args.runs,
-        protocol=args.protocol,
-        shots=args.shots,
-        seed=args.seed,
-        max_images=args.max_images,
-    )
+    plans = _evaluation_plans(args) if args.ways is None else _benchmark_plans(args)
     if not plans:
         raise ValueError(f"--split {args.split} must have {args.side} classes, got none")
     for plan in plans:
         path = args.output / plan.file_name
         plan.save(path)
-        print(
-            f"{path}  sha256 {plan.sha256}  {len(plan.episodes)} episodes, {plan.num_pairs} pairs"
+        size = f"{len(plan.episodes)} episodes"
+        if isinstance(plan, EvaluationPlan):
+            size += f", {plan.num_pairs} pairs"
+        print(f"{path}  sha256 {plan.sha256}  {size}")
+
+
+def _evaluation_plans(args: argparse.Namespace) -> list[EvaluationPlan]:
+    return [
+        plan
+        for shots in args.shots
+        for plan in build_plans(
+            **_source(args),
+            runs=args.runs,
+            protocol=args.protocol,
+            shots=shots,
+            max_images=args.max_images,
         )
+    ]
+
+
+def _benchmark_plans(args: argparse.Namespace) -> list[BenchmarkPlan]:
+    return build_benchmark_plans(
+        **_source(args),
+        ways=args.ways,
+        shots=args.shots,
+        queries_per_class=args.queries_per_class,
+        num_episodes=args.episodes,
+    )
+
+
+def _source(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dataset": args.dataset,
+        "support_dataset": args.support_dataset or args.dataset,
+        "split": args.split,
+        "sides": (args.side,),
+        "seed": args.seed,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
