@@ -38,7 +38,7 @@ setup(
     description="Few-shot object detection and segmentation on detectron2.",
     license="Apache-2.0",
     packages=find_packages(include=["fewshot_d2*"]),
-    package_data={"fewshot_d2": ["**/*.json", "**/*.yaml"]},
+    package_data={"fewshot_d2": ["**/*.json", "**/*.yaml", "**/*.txt"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

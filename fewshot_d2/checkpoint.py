@@ -11,31 +11,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .files import write_tensors, write_text
+from .pickles import load_arrays
 
 logger = logging.getLogger(__name__)
-
-# What a pickle of numpy arrays needs, under the names of numpy 1 and numpy 2; nothing that acts.
-_ARRAY_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    *(
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings, numbers and numpy arrays; anything else is an error, never a call."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Allow the names above only."""
-        if (module, name) in _ARRAY_GLOBALS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"only arrays are allowed in a pickle, got {module}.{name}")
 
 
 class FewShotCheckpointer(DetectionCheckpointer):
@@ -88,8 +66,7 @@ class FewShotCheckpointer(DetectionCheckpointer):
 def _read(filename: str) -> Any:
     if not filename.endswith(".pkl"):
         return torch.load(filename, map_location="cpu", weights_only=True)
-    with open(filename, "rb") as file:
-        content = ArrayUnpickler(file, encoding="latin1").load()
+    content = load_arrays(filename)
     if not ("model" in content and "__author__" in content):
         content = {"model": content.get("blobs", content), "__author__": "Caffe2"}
     return {**content, "matching_heuristics": True}

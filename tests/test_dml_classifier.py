@@ -334,7 +334,9 @@ def test_picture_is_the_same_every_time_and_shows_all_classes(rng):
         file = io.BytesIO()
         figure.savefig(file, format="png")
         pictures.append(file.getvalue())
-        assert [t.get_text() for t in figure.legends[0].get_texts()][:-1] == names
+        assert [t.get_text() for t in figure.legends[0].get_texts()][:-1] == [
+            f"{i + 1}  {name}" for i, name in enumerate(names)
+        ]
         # Points and stars of each class, and a star for the legend.
         assert len(figure.axes[0].collections) == 2 * MAX_CLASSES + 1
     assert pictures[0] == pictures[1]

@@ -84,7 +84,13 @@ def load_instances_json(
         FileNotFoundError: there is no such file.
         ValueError: the file is not JSON or not an instances file; the message says where.
     """
-    content = _read_json(Path(json_file))
+    return records_of(_read_json(Path(json_file)), image_root, name, json_file)
+
+
+def records_of(
+    content: Mapping[str, Any], image_root: str | Path, name: str, json_file: str | Path
+) -> list[DatasetDict]:
+    """``load_instances_json`` of content that is in memory already; ``json_file`` is where it is from, for messages."""
     categories = _by_id(content, "categories", json_file)
     contiguous = {class_id: i for i, class_id in enumerate(sorted(categories))}
     images = _by_id(content, "images", json_file)

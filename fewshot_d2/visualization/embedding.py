@@ -5,12 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from sklearn.manifold import TSNE
 
 from .canvas import CLASS_COLORS
 
 _MAX_PERPLEXITY = 30.0
 _MARKERS = ("o", "s", "^", "D")
+_STAR = 80
+_NUMBER = {
+    "xytext": (5, 4),
+    "textcoords": "offset points",
+    "fontsize": 7,
+    "zorder": 4,
+    "path_effects": [withStroke(linewidth=2, foreground="white")],
+}
 # Most that differ in colour or marker.
 MAX_CLASSES = len(CLASS_COLORS) * len(_MARKERS)
 
@@ -58,7 +67,7 @@ def tsne_figure(
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set(xticks=[], yticks=[])
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_aspect("equal")
     axes.spines[:].set_color("#bbbbbb")
     axes.set_title(title, fontsize=11)
     _scatter(
@@ -79,6 +88,12 @@ def _scatter(
         color = [tuple(v / 255 for v in CLASS_COLORS[label % len(CLASS_COLORS)])]
         marker = _MARKERS[label // len(CLASS_COLORS)]
         own = points[labels == label]
-        axes.scatter(*own.T, s=22, c=color, marker=marker, alpha=0.75, lw=0, label=name)
-        axes.scatter(*stars[label].T, s=130, c=color, marker="*", ec="black", lw=0.8, zorder=3)
-    axes.scatter([], [], s=130, c="white", marker="*", ec="black", lw=0.8, label="representatives")
+        text = f"{label + 1}  {name}"
+        axes.scatter(*own.T, s=26, c=color, marker=marker, alpha=0.8, lw=0, label=text)
+        axes.scatter(*stars[label].T, s=_STAR, c=color, marker="*", ec="black", lw=0.8, zorder=3)
+        # Stars of one colour are told apart by their class's number.
+        for place in stars[label]:
+            axes.annotate(str(label + 1), place, **_NUMBER)
+    axes.scatter(
+        [], [], s=_STAR, c="white", marker="*", ec="black", lw=0.8, label="representatives"
+    )
