@@ -103,6 +103,12 @@ def test_offsets_learn_and_frozen_stages_do_not(rng):
     assert not model.bottom_up.res3[3].conv2.offset.weight.requires_grad
 
 
+def test_offsets_that_are_no_numbers_are_an_error(rng):
+    module = DeformableConv2d(Conv2d(4, 4, 3, padding=1), 2)
+    with pytest.raises(FloatingPointError, match="offsets must be finite"):
+        module(torch.full((1, 4, 5, 5), torch.nan))
+
+
 @pytest.mark.parametrize("block", ["res9:all", "res3:9", "res3", "res3:-1", "res3:first"])
 def test_unknown_blocks_are_refused(block):
     with pytest.raises(ValueError, match="MODEL.DEFORMABLE.BLOCKS must be"):

@@ -5,6 +5,7 @@ detectron2 makes whole stages deformable, and needs its compiled operators for i
 
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
@@ -44,8 +45,15 @@ class DeformableConv2d(nn.Module):
         self.offset.requires_grad_(conv.weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (Tensor[N, C, H, W]) -> Tensor[N, C', H', W']."""
-        x = deform_conv2d(x, self.offset(x), self.weight, self.bias, **self.geometry)
+        """Map (Tensor[N, C, H, W]) -> Tensor[N, C', H', W'].
+
+        Raises:
+            FloatingPointError: offsets that are not finite; the operator would read outside its memory.
+        """
+        offsets = self.offset(x)
+        if not torch.isfinite(offsets).all():
+            raise FloatingPointError("offsets must be finite, got others: training has diverged")
+        x = deform_conv2d(x, offsets, self.weight, self.bias, **self.geometry)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
 
