@@ -10,7 +10,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from .checkpoint import FewShotCheckpointer
-from .engine.finetune import FineTuning, fine_tuned
 from .structures import SupportFeatures, SupportSet
 from .transforms import ResizeByRule
 
@@ -24,7 +23,7 @@ class FewShotPredictor:
         FewShotCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.resize = ResizeByRule.from_cfg(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
-        self.tuning = FineTuning.from_cfg(cfg)
+        self.cfg = cfg
         self.support: SupportFeatures | None = None
 
     def set_support(self, support: SupportSet | SupportFeatures) -> SupportFeatures:
@@ -44,7 +43,10 @@ class FewShotPredictor:
         Raises:
             ValueError: the system cannot be fine-tuned.
         """
-        with fine_tuned(self.model, support_set, self.tuning) as self.support:
+        # Training and evaluation are slow to import, and predicting needs neither.
+        from .engine.finetune import FineTuning, fine_tuned
+
+        with fine_tuned(self.model, support_set, FineTuning.from_cfg(self.cfg)) as self.support:
             try:
                 yield self.support
             finally:

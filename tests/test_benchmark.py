@@ -159,6 +159,8 @@ def test_tuned_queries_are_described_anew(plan):
 def test_detectors_without_tuning_run_as_well(plan):
     metrics = runner_of(tiny_model("MODEL.MASK_ON", False)).run(plan, None).metrics()
     assert 0 <= metrics["AP"] <= 100 and metrics["episodes"] == 3
+    with pytest.raises(ValueError, match="fine-tuning needs a detector"):
+        runner_of(tiny_model("MODEL.MASK_ON", False)).run(plan, TUNING)
 
 
 def test_class_without_supports_counts_as_missed(plan):

@@ -3,10 +3,8 @@
 OUTPUT_DIR gets the top-1 error with its interval (``results.json``) and a t-SNE of the embedding (``tsne.png``).
 """
 
-from detectron2.engine import default_argument_parser, launch
-
 from fewshot_d2.checkpoint import FewShotCheckpointer
-from fewshot_d2.engine import setup
+from fewshot_d2.engine import launch_from_command_line, setup
 from fewshot_d2.engine.classification import ClassificationTrainer
 
 
@@ -23,12 +21,4 @@ def main(args) -> dict | None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch_from_command_line(main)

@@ -3,9 +3,7 @@
 Several processes on the CPU: ``torchrun --nproc-per-node 2 tools/train_net.py ...``.
 """
 
-from detectron2.engine import default_argument_parser, launch
-
-from fewshot_d2.engine import EpisodicTrainer, evaluate_only, setup
+from fewshot_d2.engine import EpisodicTrainer, evaluate_only, launch_from_command_line, setup
 
 
 def main(args) -> dict:
@@ -19,12 +17,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch_from_command_line(main)

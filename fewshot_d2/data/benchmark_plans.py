@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .index import InstanceIndex
-from .loaders import build_factory
-from .plan_files import PlanFile, check_side
-from .splits import classes_of_side
+from .loaders import build_factory, testable_classes
+from .plan_files import PlanFile
+from .splits import check_side
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,6 @@ class BenchmarkPlan(PlanFile):
     KIND: ClassVar[str] = "benchmark"
     EPISODE: ClassVar[type] = BenchmarkEpisode
 
-    dataset: str
-    support_dataset: str
-    split: str
-    side: str
     ways: int
     shots: int
     max_shots: int
@@ -174,29 +170,24 @@ def build_benchmark_plans(
     Args:
         shots: the largest of them is the ``max_shots`` of all. Others: as of ``make_benchmark_plan``.
     """
+    classes = testable_classes(dataset, split, sides)
     factory = build_factory(dataset, support_dataset)
-    plans = []
-    for side in sides:
-        class_ids = classes_of_side(dataset, split, side)
-        if not class_ids:
-            logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
-            continue
-        plans += [
-            make_benchmark_plan(
-                factory.query_index,
-                factory.support_index,
-                dataset=dataset,
-                support_dataset=support_dataset,
-                split=split,
-                side=side,
-                class_ids=class_ids,
-                shots=number,
-                max_shots=max(shots),
-                **options,
-            )
-            for number in shots
-        ]
-    return plans
+    return [
+        make_benchmark_plan(
+            factory.query_index,
+            factory.support_index,
+            dataset=dataset,
+            support_dataset=support_dataset,
+            split=split,
+            side=side,
+            class_ids=class_ids,
+            shots=number,
+            max_shots=max(shots),
+            **options,
+        )
+        for side, class_ids in classes.items()
+        for number in shots
+    ]
 
 
 def _check_numbers(

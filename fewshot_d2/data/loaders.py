@@ -72,6 +72,15 @@ def build_factory(
     )
 
 
+def testable_classes(dataset: str, split: str, sides: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Classes of each side that has any; the others are named in a warning."""
+    classes = {side: classes_of_side(dataset, split, side) for side in sides}
+    for side, class_ids in classes.items():
+        if not class_ids:
+            logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
+    return {side: class_ids for side, class_ids in classes.items() if class_ids}
+
+
 def build_plans(
     *,
     dataset: str,
@@ -86,10 +95,7 @@ def build_plans(
     Args:
         dataset, support_dataset, split, sides, options: as of ``make_plan``.
     """
-    classes = {side: classes_of_side(dataset, split, side) for side in sides}
-    for side, class_ids in classes.items():
-        if not class_ids:
-            logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
+    classes = testable_classes(dataset, split, sides)
     factory = build_factory(dataset, support_dataset)
     return [
         make_plan(
@@ -104,7 +110,6 @@ def build_plans(
             **options,
         )
         for side, class_ids in classes.items()
-        if class_ids
         for run in range(runs)
     ]
 

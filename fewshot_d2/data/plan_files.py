@@ -7,13 +7,13 @@ dataset category and annotation ids are those of the json files.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..files import canonical_sha256, write_json
-from .splits import SIDES
+from .index import InstanceIndex
 
 T = TypeVar("T", bound="PlanFile")
 E = TypeVar("E")
@@ -21,16 +21,26 @@ E = TypeVar("E")
 _IDS, _ID_LISTS = tuple[int, ...], tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
 class PlanFile:
-    """Base of frozen dataclasses with fields ``dataset, support_dataset, split, side, class_ids, episodes``.
+    """Base of the plans, which add ``class_ids``, ``episodes`` and what they are drawn with.
 
     Fields are text, integers, tuples of ids, and ``episodes``, a tuple of ``EPISODE``, a dataclass of integers,
-    tuples of ids and tuples of such tuples with an ``id`` and ``class_ids``.
+    tuples of ids and tuples of such tuples with an ``id``, ``class_ids`` and ``supports``.
+
+    Attributes:
+        dataset (str), support_dataset (str): registered names.
+        split (str): specification (see ``splits``). side (str): "base", "novel" or "all".
     """
 
     KIND: ClassVar[str]
     EPISODE: ClassVar[type]
     VERSION: ClassVar[int] = 1
+
+    dataset: str
+    support_dataset: str
+    split: str
+    side: str
 
     @cached_property
     def sha256(self) -> str:
@@ -74,12 +84,11 @@ class PlanFile:
                 )
             episode_ids.add(episode.id)
 
-    def check(self, query_index: Any, support_index: Any, dataset: str) -> None:
+    def check(self, query_index: InstanceIndex, support_index: InstanceIndex, dataset: str) -> None:
         """Raise a ``ValueError`` that names the culprit unless the plan fits these data.
 
         Args:
-            query_index (InstanceIndex): of the data set that is searched. support_index (InstanceIndex): of the one
-                that has the supports.
+            query_index: of the data set that is searched. support_index: of the one that has the supports.
             dataset: name of the data set that is searched.
         """
         if self.dataset != dataset:
@@ -101,7 +110,7 @@ class PlanFile:
                     f"episode {episode.id} of the plan must fit the data set {dataset!r}: {error}"
                 ) from error
 
-    def _check_queries(self, episode: Any, query_index: Any) -> None:
+    def _check_queries(self, episode: Any, query_index: InstanceIndex) -> None:
         raise NotImplementedError
 
     def _source(self) -> str:
@@ -139,12 +148,6 @@ class PlanFile:
         kinds = {field.name: field.type for field in fields(cls) if field.name != "episodes"}
         values = {name: _parsed(kind, body[name], name) for name, kind in kinds.items()}
         return cls(**values, episodes=tuple(episodes))
-
-
-def check_side(side: str) -> None:
-    """Raise a ``ValueError`` unless ``side`` is one of the sides of a split."""
-    if side not in SIDES:
-        raise ValueError(f"side must be one of {SIDES}, got {side!r}")
 
 
 def _episode(kind: type[E], row: Any, where: str) -> E:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .index import InstanceIndex
-from .plan_files import PlanFile, check_side
+from .plan_files import PlanFile
+from .splits import check_side
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,6 @@ class EvaluationPlan(PlanFile):
     KIND: ClassVar[str] = "evaluation"
     EPISODE: ClassVar[type] = PlannedEpisode
 
-    dataset: str
-    support_dataset: str
-    split: str
-    side: str
     protocol: str
     shots: int
     seed: int

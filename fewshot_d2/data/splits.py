@@ -69,10 +69,15 @@ def split_of(name: str, spec: str) -> ClassSplit:
     return resolve_split(spec, list(categories), list(categories.values()))
 
 
-def classes_of_side(name: str, spec: str, side: str) -> tuple[int, ...]:
-    """The classes of one side of a registered data set; side "all" is every class it has."""
+def check_side(side: str) -> None:
+    """Raise a ``ValueError`` unless ``side`` is one of ``SIDES``."""
     if side not in SIDES:
         raise ValueError(f"side must be one of {SIDES}, got {side!r}")
+
+
+def classes_of_side(name: str, spec: str, side: str) -> tuple[int, ...]:
+    """The classes of one side of a registered data set; side "all" is every class it has."""
+    check_side(side)
     if side == "all":
         return tuple(sorted(dataset_categories(name)))
     return getattr(split_of(name, spec), side)

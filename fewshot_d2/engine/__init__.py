@@ -1,7 +1,7 @@
 """Training and evaluation: what ``tools/train_net.py`` calls."""
 
 from .evaluate import evaluate, evaluate_only
-from .setup import setup
+from .setup import launch_from_command_line, setup
 from .trainer import EpisodicTrainer
 
-__all__ = ["EpisodicTrainer", "evaluate", "evaluate_only", "setup"]
+__all__ = ["EpisodicTrainer", "evaluate", "evaluate_only", "launch_from_command_line", "setup"]

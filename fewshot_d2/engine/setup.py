@@ -2,11 +2,13 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -23,6 +25,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fewshot_d2")
     register_from_config(cfg)
     return cfg
+
+
+def launch_from_command_line(main: Callable[[argparse.Namespace], Any]) -> None:
+    """Run ``main`` in every process that the arguments of detectron2's parser ask for."""
+    args = default_argument_parser().parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
 
 
 def join_torchrun() -> None:

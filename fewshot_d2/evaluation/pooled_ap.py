@@ -201,7 +201,8 @@ class PooledPrecision:
         The mean over episodes has 1.96 s / sqrt(episodes); the others, which are no means over episodes, leave out
         each of at most 20 groups of whole episodes in turn (jackknife). NaN where there is one episode only.
         """
-        episodes = np.array([self._precisions(keys)[0] for keys in self._keys_by(0)])
+        by_episode = self._keys_by(0)
+        episodes = np.array([self._precisions(keys)[0] for keys in by_episode])
         episodes = episodes[~np.isnan(episodes)]
         spread = episodes.std(ddof=1) if len(episodes) > 1 else np.nan
         joint, joint_width = self._with_width([list(self._truths)])
@@ -213,7 +214,7 @@ class PooledPrecision:
             "per_episode_mean_ci95": float(1.96 * spread / max(len(episodes), 1) ** 0.5),
             "per_class_mean": classes,
             "per_class_mean_ci95": classes_width,
-            "num_episodes": len(self._keys_by(0)),
+            "num_episodes": len(by_episode),
             "num_entries": sum(len(s) for parts in self._entries.values() for s, _ in parts),
             "num_truth": sum(self._truths.values()),
         }
@@ -250,7 +251,9 @@ class PooledPrecision:
         num_folds = min(len(episodes), _NUM_FOLDS)
         return {episode: i % num_folds for i, episode in enumerate(episodes)}
 
-    def _precisions(self, keys: list[Key], folds: Mapping[Hashable, int] | None = None) -> list:
+    def _precisions(
+        self, keys: list[Key], folds: Mapping[Hashable, int] | None = None
+    ) -> list[float]:
         """AP over the entries of ``keys``, then without each fold.
 
         Only right entries are ranked among each other: the many wrong ones are sorted fold by fold and counted.

@@ -131,6 +131,10 @@ class FewShotDetector(nn.Module):
         """Detect all classes of ``support`` in a query of ``describe_queries``, in original query pixels."""
         return self([{**query, "support_features": support}])[0]["instances"]
 
+    def tunes_description(self, layers: str) -> bool:
+        """Whether fine-tuning ``layers`` changes what ``describe_queries`` gives: it may, where nothing is known."""
+        return True
+
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
         """What pre-training compares, {name: Tensor[K, ...]}: the tensors of ``encode_support``, unless overridden."""
         return self.encode_support(support_sets).tensors

@@ -1,5 +1,7 @@
 """Soft-NMS (Bodla et al.): overlapping boxes lose score instead of being removed. torchvision has none."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -7,26 +9,10 @@ from torchvision.ops import box_iou
 METHODS = ("gaussian", "linear")
 
 
-def soft_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    *,
-    method: str,
-    sigma: float = 0.6,
-    iou_threshold: float = 0.3,
-    min_score: float = 0.001,
-) -> tuple[Tensor, Tensor]:
-    """``batched_soft_nms`` of boxes of one class."""
+def soft_nms(boxes: Tensor, scores: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """``batched_soft_nms`` of boxes (Tensor[R, 4]) of one class; ``options`` are its own."""
     class_ids = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    return batched_soft_nms(
-        boxes,
-        scores,
-        class_ids,
-        method=method,
-        sigma=sigma,
-        iou_threshold=iou_threshold,
-        min_score=min_score,
-    )
+    return batched_soft_nms(boxes, scores, class_ids, **options)
 
 
 def batched_soft_nms(
@@ -61,13 +47,12 @@ def batched_soft_nms(
         raise ValueError("scores must be numbers, got NaN")
     index = _by_class(class_ids)
     is_left = index >= 0
-    boxes, left = boxes.float()[index], scores.float()[index]
-    final = left.masked_fill(~is_left, -torch.inf)
+    boxes, final = boxes.float()[index], scores.float()[index]
     rows = torch.arange(len(index), device=index.device)
     for _ in range(index.shape[1]):
         best = final.masked_fill(~is_left, -torch.inf).argmax(dim=1)
         is_left[rows, best] = False
-        overlaps = box_iou_rows(boxes[rows, best], boxes)
+        overlaps = _box_iou_rows(boxes[rows, best], boxes)
         if method == "gaussian":
             decay = torch.exp(-(overlaps**2) / sigma)
         else:
@@ -89,6 +74,6 @@ def _by_class(class_ids: Tensor) -> Tensor:
     return index
 
 
-def box_iou_rows(boxes: Tensor, others: Tensor) -> Tensor:
+def _box_iou_rows(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU of the c-th box (Tensor[C, 4]) with every box of the c-th row (Tensor[C, n, 4]): Tensor[C, n]."""
     return torch.vmap(lambda box, row: box_iou(box[None], row)[0])(boxes, others)

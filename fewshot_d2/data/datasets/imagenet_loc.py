@@ -33,10 +33,12 @@ def register_imagenet_loc(root: str | Path) -> None:
     """Register ``imagenet_loc_repmet_<set>`` for each of ``SETS``; read from ``root`` on first use."""
     for which in SETS:
         name = f"imagenet_loc_repmet_{which}"
-        DatasetCatalog.register(
-            name, functools.partial(load_imagenet_loc, Path(root), class_list(which), name)
-        )
+        DatasetCatalog.register(name, functools.partial(_load_set, Path(root), which, name))
         MetadataCatalog.get(name).set(image_root=str(root), evaluator_type="fewshot")
+
+
+def _load_set(root: Path, which: str, name: str) -> list[DatasetDict]:
+    return load_imagenet_loc(root, class_list(which), name)
 
 
 def load_imagenet_loc(root: Path, wnids: list[str], name: str) -> list[DatasetDict]:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from ...modeling.metric_learning import (
@@ -196,6 +195,9 @@ class RepMetOutputLayers(EpisodicOutputLayers):
 
 def cluster(embeddings: Tensor, num_clusters: int) -> Tensor:
     """Centres (Tensor[num_clusters, D]) of k-means on embeddings (Tensor[R, D], R >= num_clusters)."""
+    # Slow to import, and only clustering needs it.
+    from sklearn.cluster import KMeans
+
     points = embeddings.detach().cpu().double().numpy()
     centres = KMeans(num_clusters, n_init=10, random_state=0).fit(points).cluster_centers_
     return torch.from_numpy(centres).to(embeddings)

@@ -49,10 +49,9 @@ def _resized(
     transform = resize.get_transform(pixels)
     image = torch.from_numpy(np.array(transform.apply_image(pixels))).permute(2, 0, 1)
     boxes = torch.stack([shot.region for shot, _ in examples])
-    scale = [new / old for new, old in zip(image.shape[:0:-1], pixels.shape[1::-1], strict=True)]
     return SupportImage(
         image=image.flip(0) if input_format == "BGR" else image,
-        boxes=boxes * torch.tensor([*scale, *scale]),
+        boxes=torch.from_numpy(transform.apply_box(boxes.numpy())).float(),
         rows=torch.tensor([row for _, row in examples]),
     )
 
