@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import Instances
 from factories import (
     TINY_REPMET,
     TINY_REPMET_OVERRIDES,
@@ -132,6 +133,36 @@ def test_numbers_equal_those_of_another_way(plan, folder):
     assert summary["joint"] == pytest.approx(expected, abs=1e-4)
     assert outcome.metrics()["AP_voc"] == pytest.approx(100 * expected, abs=1e-2)
     assert outcome.metrics()["episodes"] == 3 and outcome.left_out == []
+
+
+def test_objects_of_other_classes_can_be_left_out_of_the_count(plan):
+    class EveryBox(torch.nn.Module):
+        """Finds all objects of the data set, each as the first class of the episode."""
+
+        def describe_queries(self, queries):
+            return queries
+
+        def encode_support(self, support_sets):
+            return None
+
+        def search(self, query, features):
+            image = factory.query_index.image_index(query["image_id"])
+            class_ids = factory.query_index.class_ids
+            boxes = runner.truth(query["image_id"], class_ids).gt_boxes
+            found = Instances((query["height"], query["width"]), pred_boxes=boxes)
+            found.scores = torch.ones(len(boxes))
+            found.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)
+            counts.append({c: len(factory.query_index.instances(image, c)) for c in class_ids})
+            return found
+
+    factory, mapper = build_factory(NAME, NAME), build_mapper(config(), is_train=False)
+    runner, counts = EpisodeRunner(EveryBox(), factory, mapper, kept_queries=0), []
+    pooled = runner.run(plan, None).pooled
+    entries = {name: p.summary()["num_entries"] for name, p in pooled.items()}
+    queries = [e for e in plan.episodes for _ in e.query_image_ids]
+    searched = sum(c[i] for e, c in zip(queries, counts, strict=True) for i in e.class_ids)
+    everything = sum(sum(c.values()) for c in counts)
+    assert searched == entries["searched"] < entries["official"] <= entries["voc"] == everything
 
 
 @pytest.mark.parametrize("tuning", [None, TUNING, dataclasses.replace(TUNING, layers="head")])

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..data.benchmark_plans import BenchmarkEpisode, BenchmarkPlan
 from ..data.dataset_mapper import EpisodicDatasetMapper
 from ..data.episodes import EpisodeFactory
-from ..evaluation.pooled_ap import PooledPrecision
+from ..evaluation.pooled_ap import PooledPrecision, pixel_iou
 from ..modeling.detector import FewShotDetector
 from ..structures import SupportFeatures, SupportSet
 from .finetune import FineTuning, fine_tuned
@@ -33,12 +33,18 @@ class Outcome:
     """What a run over a plan gives.
 
     Attributes:
-        pooled (dict[str, PooledPrecision]): by matching. left_out (list[str]): messages of unreadable images.
+        pooled (dict[str, PooledPrecision]): "official" and "voc" by matching; "searched" is the official one without
+            detections on objects that the data set knows but the episode does not search.
+        left_out (list[str]): messages of unreadable images.
         seconds (float): of the whole run. support_seconds (list[float]): of encoding and tuning each episode.
     """
 
     pooled: dict[str, PooledPrecision] = field(
-        default_factory=lambda: {n: PooledPrecision(n, ranks=_RANKS) for n in ("official", "voc")}
+        default_factory=lambda: {
+            "official": PooledPrecision("official", ranks=_RANKS),
+            "voc": PooledPrecision("voc"),
+            "searched": PooledPrecision("official"),
+        }
     )
     left_out: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -46,7 +52,9 @@ class Outcome:
 
     def metrics(self) -> dict[str, float]:
         """Percent, flat: AP = all entries as one list with RepMet's matching; see ``PooledPrecision``."""
-        official, voc = (self.pooled[name].summary() for name in ("official", "voc"))
+        official, voc, searched = (
+            self.pooled[name].summary() for name in ("official", "voc", "searched")
+        )
         return {
             "AP": 100 * official["joint"],
             "AP_ci95": 100 * official["joint_ci95"],
@@ -56,6 +64,8 @@ class Outcome:
             "AP_classes_ci95": 100 * official["per_class_mean_ci95"],
             "AP_voc": 100 * voc["joint"],
             "AP_voc_ci95": 100 * voc["joint_ci95"],
+            "AP_searched": 100 * searched["joint"],
+            "AP_searched_ci95": 100 * searched["joint_ci95"],
             **{f"R{k}": 100 * self.pooled["official"].recall_at(k) for k in _RANKS},
             "episodes": official["num_episodes"],
             "left_out": len(self.left_out),
@@ -130,8 +140,10 @@ class EpisodeRunner:
                         continue
                     with torch.no_grad():
                         found = self.model.search(query, features).to("cpu")
-                    truth = self.truth(episode, image_id)
-                    _match(episode, image_id, found, truth, support_set, outcome)
+                    truth = self.truth(image_id, episode.class_ids)
+                    others = set(self.factory.query_index.class_ids) - set(episode.class_ids)
+                    unsearched = self.truth(image_id, sorted(others))
+                    _match(episode, image_id, found, truth, unsearched, support_set, outcome)
                     show(Found(episode, image_id, support_set, truth, found))
         outcome.seconds = time.perf_counter() - start
         for message in dict.fromkeys(outcome.left_out):
@@ -171,14 +183,14 @@ class EpisodeRunner:
         with fine_tuned(self.model, support_set, tuning) as features:
             yield features
 
-    def truth(self, episode: BenchmarkEpisode, image_id: int) -> Instances:
-        """``gt_boxes`` (XYXY, original pixels) and ``gt_ids``, dataset category ids, of all classes of the episode."""
+    def truth(self, image_id: int, class_ids: Collection[int]) -> Instances:
+        """``gt_boxes`` (XYXY, original pixels) and ``gt_ids``, dataset category ids, of the given classes."""
         index = self.factory.query_index
         image = index.image_index(image_id)
         record = index.dicts[image]
         chosen = [
             (record["annotations"][position], class_id)
-            for class_id in episode.class_ids
+            for class_id in class_ids
             for position in index.instances(image, class_id)
         ]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a, _ in chosen]
@@ -193,21 +205,30 @@ def _match(
     image_id: int,
     found: Instances,
     truth: Instances,
+    unsearched: Instances,
     support_set: SupportSet,
     outcome: Outcome,
 ) -> None:
     """Match the detections of every class of the episode, also of one that could not be searched."""
     label_of = {class_id: label for label, class_id in enumerate(support_set.class_ids)}
-    boxes, labels = found.pred_boxes.tensor.numpy(), found.pred_classes.numpy()
+    labels, scores = found.pred_classes.numpy(), found.scores.numpy()
+    boxes, truth_boxes, other_boxes = (
+        b.tensor.numpy() - _LAST_PIXEL
+        for b in (found.pred_boxes, truth.gt_boxes, unsearched.gt_boxes)
+    )
+    on_truth, on_other = (
+        (pixel_iou(boxes, b) >= 0.5).any(axis=1) for b in (truth_boxes, other_boxes)
+    )
     for class_id in episode.class_ids:
         own = labels == label_of.get(class_id, -1)
-        for precision in outcome.pooled.values():
+        for name, precision in outcome.pooled.items():
+            counted = own & (on_truth | ~on_other) if name == "searched" else own
             precision.add(
                 episode.id,
                 class_id,
                 image=image_id,
-                boxes=boxes[own] - _LAST_PIXEL,
-                scores=found.scores.numpy()[own],
-                truth_boxes=truth.gt_boxes.tensor.numpy() - _LAST_PIXEL,
+                boxes=boxes[counted],
+                scores=scores[counted],
+                truth_boxes=truth_boxes,
                 truth_classes=truth.gt_ids.numpy(),
             )
