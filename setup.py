@@ -26,9 +26,12 @@ EXTRAS = {
         "ruff>=0.6",
         "scipy>=1.9",
         "pytorch-metric-learning>=2.5",
+        "scikit-image>=0.19",
+        "faiss-cpu>=1.8",
     ],
     "timm": ["timm>=1.0"],
-    "retrieval": ["faiss-cpu>=1.8"],
+    "superpixels": ["scikit-image>=0.19"],
+    "faiss": ["faiss-cpu>=1.8"],
     "app": ["gradio>=4"],
 }
 

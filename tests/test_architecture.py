@@ -10,14 +10,31 @@ PACKAGE = ROOT / "fewshot_d2"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a part may not import; the shared modules at the top are free of parts altogether.
 FORBIDDEN = {
-    "structures": {"data", "modeling", "systems", "evaluation", "engine", "visualization"},
-    "transforms": {"data", "modeling", "systems", "evaluation", "engine", "visualization"},
-    "files": {"structures", "data", "modeling", "systems", "evaluation", "engine"},
-    "data": {"modeling", "systems", "evaluation", "engine", "visualization"},
-    "modeling": {"data", "systems", "evaluation", "engine", "visualization"},
-    "systems": {"data", "evaluation", "engine", "visualization"},
-    "evaluation": {"modeling", "systems", "engine"},
-    "visualization": {"data", "modeling", "systems", "evaluation", "engine"},
+    "structures": {
+        "data",
+        "modeling",
+        "systems",
+        "retrieval",
+        "evaluation",
+        "engine",
+        "visualization",
+    },
+    "transforms": {
+        "data",
+        "modeling",
+        "systems",
+        "retrieval",
+        "evaluation",
+        "engine",
+        "visualization",
+    },
+    "files": {"structures", "data", "modeling", "systems", "retrieval", "evaluation", "engine"},
+    "data": {"modeling", "systems", "retrieval", "evaluation", "engine", "visualization"},
+    "modeling": {"data", "systems", "retrieval", "evaluation", "engine", "visualization"},
+    "systems": {"data", "retrieval", "evaluation", "engine", "visualization"},
+    "retrieval": {"systems", "evaluation", "engine", "visualization"},
+    "evaluation": {"modeling", "systems", "retrieval", "engine"},
+    "visualization": {"data", "modeling", "systems", "retrieval", "evaluation", "engine"},
 }
 
 
