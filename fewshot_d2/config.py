@@ -8,6 +8,8 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .transforms import RESIZE_RULES
+
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
@@ -60,7 +62,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
         ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), ("episodes", "base_images")),
         ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
-        ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), ("paper", "code")),
+        ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), RESIZE_RULES),
         ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
         ("SOLVER.CLIP_GRADIENTS.ENABLED", (cfg.SOLVER.CLIP_GRADIENTS.ENABLED,), (False,)),
         ("INPUT.CROP.ENABLED", (cfg.INPUT.CROP.ENABLED,), (False,)),
@@ -101,7 +103,8 @@ def _add_episodes(node: CN) -> None:
     node.NUM_SHOTS = 1
     # Name in EPISODIC_MAPPER_REGISTRY.
     node.MAPPER = "EpisodicDatasetMapper"
-    # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule. Queries and supports.
+    # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule, which never shrinks to the minimum;
+    # "shortest_edge": detectron2's. Queries and supports.
     node.RESIZE_RULE = "paper"
     # (query, class) pairs that go through the heads at once in inference: bounds the memory.
     node.PAIRS_PER_CHUNK = 4
@@ -115,9 +118,11 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.DATASETS_TEST = ()
     # "crop": the mapper cuts the example out; "image": whole image with its box.
     node.SUPPORT.FORM = "crop"
-    # Side of the support canvas in pixels, and the short side that the "code" rule enlarges to.
+    # Side of the support canvas in pixels, and the short side of the rules that have a minimum.
     node.SUPPORT.SIZE = 192
     node.SUPPORT.MIN_SIZE = 150
+    # Pixels around the box in a square window that fills the canvas (SPIL: 16); -1 = the box alone, in its own shape.
+    node.SUPPORT.CONTEXT = -1
     # Box of the example: "annotation", or "mask" = tight box of its mask (original code).
     node.SUPPORT.BOX = "annotation"
     # In training, never draw a support out of the query image while another image has the class.
@@ -209,6 +214,8 @@ def _add_backbones(cfg: CN) -> None:
     # ... "BN" or "FrozenBN", and TensorFlow's padding (0 left/top, 1 right/bottom) of strided convolutions.
     cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
     cfg.MODEL.TORCHVISION.TF_PADDING = False
+    # Maps of build_torchvision_backbone, which has no FPN. BACKBONE.FREEZE_AT counts as in detectron2.
+    cfg.MODEL.TORCHVISION.OUT_FEATURES = ("res4",)
 
     cfg.MODEL.TIMM = CN()
     # Any timm model that has features_only; needs the extra "timm".

@@ -1,20 +1,23 @@
 """Resize rules of queries and supports, and the support crop; used by the mapper and by the detectors alike.
 
-Two rules (spec section 2.3): ``paper`` scales the long side to the given size; ``code`` never shrinks except to fit
-the maximum and enlarges only until the short side reaches the minimum, as the original implementation does.
+Rules: ``paper`` (Siamese Mask R-CNN, spec section 2.3) scales the long side to the given size; ``code``, that of the
+original implementation, never shrinks except to fit the maximum and enlarges only until the short side reaches the
+minimum; ``shortest_edge``, detectron2's own, scales the short side to the minimum unless the long one then passes the
+maximum.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from torch import Tensor
 
 from .structures import Support
 
-RESIZE_RULES = ("paper", "code")
+RESIZE_RULES = ("paper", "code", "shortest_edge")
 
 
 def resized_shape(
@@ -26,14 +29,13 @@ def resized_shape(
         ValueError: unknown ``rule``.
     """
     long_side, short_side = max(height, width), min(height, width)
-    if rule == "paper":
-        scale = max_size / long_side
-    elif rule == "code":
-        scale = max(1.0, min_size / short_side)
-        if round(long_side * scale) > max_size:
-            scale = max_size / long_side
-    else:
+    if rule not in RESIZE_RULES:
         raise ValueError(f"resize rule must be one of {RESIZE_RULES}, got {rule!r}")
+    scale = max_size / long_side
+    if rule != "paper":
+        wanted = min_size / short_side
+        wanted = max(1.0, wanted) if rule == "code" else wanted
+        scale = wanted if round(long_side * wanted) <= max_size else scale
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -71,47 +73,72 @@ class ResizeByRule(T.Augmentation):
 
 @dataclass(frozen=True)
 class SupportCrop:
-    """Cut the example out of its image and resize it to fit a square canvas (paper 5.1, reference image).
+    """Cut the example out of its image and resize it to fit a square canvas.
 
     Doing it twice changes nothing, so the mapper crops early (small tensors between processes) and a detector
     that gets a user's raw support crops it then.
 
     Attributes:
-        size (int): side of the square canvas in pixels. min_size (int): of the ``code`` rule.
+        size (int): side of the square canvas in pixels. min_size (int): of the rules with a minimum.
         rule (str): one of ``RESIZE_RULES``.
+        context (int or None): None = the box alone (Siamese Mask R-CNN, paper 5.1). Otherwise a square window
+            centred on the box, larger than its long side by this many pixels at both ends, black outside the image,
+            fills the canvas (SPIL, spec B2); a support without a box is already such a window, but for the padding.
     """
 
     size: int
     min_size: int
     rule: str
+    context: int | None = None
 
     @classmethod
     def from_cfg(cls, cfg: CfgNode) -> "SupportCrop":
         """The support rule of a config."""
+        node = cfg.FEWSHOT.SUPPORT
         return cls(
-            size=cfg.FEWSHOT.SUPPORT.SIZE,
-            min_size=cfg.FEWSHOT.SUPPORT.MIN_SIZE,
+            size=node.SIZE,
+            min_size=node.MIN_SIZE,
             rule=cfg.FEWSHOT.RESIZE_RULE,
+            context=None if node.CONTEXT < 0 else node.CONTEXT,
         )
 
     def __call__(self, support: Support) -> Support:
         """Return the crop as a support without box, both sides at most ``size``."""
         image, mask = support.image, support.mask
-        if support.box is not None:
-            # Integer, end-exclusive and never empty, however thin the box is.
-            x0, y0 = support.box[:2].floor().long().tolist()
-            x1, y1 = support.box[2:].ceil().long().tolist()
-            image = image[:, y0:y1, x0:x1]
-            mask = None if mask is None else mask[y0:y1, x0:x1]
+        x0, y0, x1, y1 = self._window(support)
+        image = _cut(image, x0, y0, x1, y1)
+        mask = None if mask is None else _cut(mask, x0, y0, x1, y1)
         height, width = image.shape[1:]
         shape = resized_shape(
             height, width, max_size=self.size, min_size=self.min_size, rule=self.rule
         )
+        if self.context is not None:
+            shape = self.size, self.size
         if shape != (height, width):
             resize = T.ResizeTransform(height, width, *shape)
             image = _apply(resize.apply_image, image.permute(1, 2, 0)).permute(2, 0, 1)
             mask = None if mask is None else _apply(resize.apply_segmentation, mask.byte()).bool()
         return replace(support, image=image.contiguous(), box=None, mask=mask)
+
+    def _window(self, support: Support) -> tuple[int, int, int, int]:
+        """XYXY in whole pixels, end-exclusive and never empty, however thin the box is; may leave the image."""
+        box = support.region
+        x0, y0 = box[:2].floor().long().tolist()
+        x1, y1 = box[2:].ceil().long().tolist()
+        if self.context is None:
+            return x0, y0, x1, y1
+        margin = 0 if support.box is None else self.context
+        side = max(x1 - x0, y1 - y0) + 2 * margin
+        left, top = (x0 + x1 - side) // 2, (y0 + y1 - side) // 2
+        return left, top, left + side, top + side
+
+
+def _cut(pixels: Tensor, x0: int, y0: int, x1: int, y1: int) -> Tensor:
+    """The window of a (..., H, W) image, zero outside of it."""
+    height, width = pixels.shape[-2:]
+    inside = pixels[..., max(y0, 0) : y1, max(x0, 0) : x1]
+    padding = max(-x0, 0), max(x1 - width, 0), max(-y0, 0), max(y1 - height, 0)
+    return F.pad(inside, padding) if any(padding) else inside
 
 
 def _apply(transform, pixels: Tensor) -> Tensor:

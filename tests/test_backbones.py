@@ -122,3 +122,31 @@ def test_imagenet_weights_give_the_classifiers_features(shared_data, rng):
     images = torch.rand(1, 3, 96, 96, generator=rng) * 2 - 1
     logits = model.classifier(features.eval()(images)["res5"].mean(dim=(2, 3)))
     assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_maps_by_name_and_frozen_stages(rng):
+    options = {"weights": "", "norm": "BN", "tf_padding": False}
+    torch.manual_seed(0)
+    whole = torchvision_features("mobilenet_v2", **options).eval()
+    torch.manual_seed(0)
+    cut = torchvision_features("mobilenet_v2", **options, out_features=("res4",), freeze_at=3)
+    assert cut.output_shape().keys() == {"res4"} and cut.output_shape()["res4"].stride == 16
+    images = torch.randn(2, 3, 64, 64, generator=rng)
+    assert_close(cut.eval()(images)["res4"], whole(images)["res4"])
+    # What is before res3 keeps weights and statistics, what comes after learns.
+    cut.train()
+    before = {name: value.clone() for name, value in cut.state_dict().items()}
+    cut(images)["res4"].square().sum().backward()
+    with torch.no_grad():
+        for parameter in cut.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+    changed = {
+        name.split(".")[2]
+        for name, value in cut.state_dict().items()
+        if not value.equal(before[name])
+    }
+    # Block 7 is the first whose expansion is at stride 8 and whose output is at stride 16.
+    assert {int(block) for block in changed} == set(range(7, 15))
+    with pytest.raises(ValueError, match="'res9'"):
+        torchvision_features("mobilenet_v2", **options, out_features=("res9",))

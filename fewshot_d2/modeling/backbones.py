@@ -1,9 +1,10 @@
-"""FPN backbones by config: detectron2 ResNets, any torchvision classifier, any timm ``features_only`` model.
+"""Backbones by config: FPN on detectron2 ResNets, any torchvision classifier, any timm ``features_only`` model.
 
-Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbone`` gives them, or fewer by key.
+Levels are p2..p6 with strides 4..64, as detectron2's ``build_resnet_fpn_backbone`` gives them, or fewer by key. A
+torchvision classifier also serves without FPN.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -94,9 +96,20 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def torchvision_features(
-    name: str, *, weights: str, norm: str, tf_padding: bool
+    name: str,
+    *,
+    weights: str,
+    norm: str,
+    tf_padding: bool,
+    out_features: Sequence[str] = tuple(_STRIDES.values()),
+    freeze_at: int = 0,
 ) -> FeatureBackbone:
     """A torchvision classifier cut after its last map of each stride 4, 8, 16 and 32.
+
+    Args:
+        name: of the model. weights, norm, tf_padding: see MODEL.TORCHVISION.
+        out_features: of "res2" ... "res5", in this order.
+        freeze_at: from 2 on, all up to res<freeze_at> keeps its weights.
 
     Raises:
         ValueError: the model is unknown, its weights do not fit or it lacks one of the strides.
@@ -110,12 +123,30 @@ def torchvision_features(
         use_tf_padding(model)
     model = _with_norm(model, norm)
     tracer = {"leaf_modules": [FrozenBatchNorm2d]}
-    nodes = _last_node_per_stride(model, tracer)
+    nodes = {_STRIDES[s]: (s, *node) for s, node in _last_node_per_stride(model, tracer).items()}
+    if not out_features or not set(out_features) <= set(nodes):
+        raise ValueError(f"maps of {name} must be among {list(nodes)}, got {list(out_features)}")
+    returned = {nodes[feature][1]: feature for feature in out_features}
+    graph = create_feature_extractor(model, returned, tracer_kwargs=tracer)
+    if freeze_at >= 2:
+        _freeze_until(graph, nodes[f"res{freeze_at}"][1])
     shapes = {
-        _STRIDES[stride]: ShapeSpec(channels=c, stride=stride) for stride, (_, c) in nodes.items()
+        feature: ShapeSpec(channels=nodes[feature][2], stride=nodes[feature][0])
+        for feature in out_features
     }
-    returned = {node: _STRIDES[stride] for stride, (node, _) in nodes.items()}
-    return FeatureBackbone(create_feature_extractor(model, returned, tracer_kwargs=tracer), shapes)
+    return FeatureBackbone(graph, shapes)
+
+
+def _freeze_until(graph: GraphModule, last: str) -> None:
+    """Freeze the modules of a traced model up to the node named ``last``, or all where it ends before."""
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            parent, _, name = node.target.rpartition(".")
+            frozen = graph.get_submodule(node.target).requires_grad_(False)
+            frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(frozen)
+            setattr(graph.get_submodule(parent), name, frozen)
+        if node.name == last.replace(".", "_"):
+            return
 
 
 def timm_features(name: str, *, weights: str, norm: str) -> FeatureBackbone:
@@ -239,11 +270,25 @@ def build_fewshot_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN on MODEL.TORCHVISION."""
+    return build_fpn(cfg, _torchvision_bottom_up(cfg, tuple(_STRIDES.values())))
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeatureBackbone:
+    """The maps TORCHVISION.OUT_FEATURES of MODEL.TORCHVISION."""
+    return _torchvision_bottom_up(cfg, cfg.MODEL.TORCHVISION.OUT_FEATURES)
+
+
+def _torchvision_bottom_up(cfg: CfgNode, out_features: Sequence[str]) -> FeatureBackbone:
     node = cfg.MODEL.TORCHVISION
-    bottom_up = torchvision_features(
-        node.NAME, weights=node.WEIGHTS, norm=node.NORM, tf_padding=node.TF_PADDING
+    return torchvision_features(
+        node.NAME,
+        weights=node.WEIGHTS,
+        norm=node.NORM,
+        tf_padding=node.TF_PADDING,
+        out_features=out_features,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
-    return build_fpn(cfg, bottom_up)
 
 
 @BACKBONE_REGISTRY.register()
