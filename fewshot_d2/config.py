@@ -13,6 +13,7 @@ from .transforms import RESIZE_RULES
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
+TRAINED_ON = ("episodes", "base_images", "rank_lists")
 
 
 def add_fewshot_config(cfg: CN) -> None:
@@ -21,6 +22,7 @@ def add_fewshot_config(cfg: CN) -> None:
 
     cfg.FEWSHOT = CN()
     _add_episodes(cfg.FEWSHOT)
+    _add_self_paced(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
@@ -60,7 +62,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.TEST.SIDES", test.SIDES, ("novel", "base", "all")),
         ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
         ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
-        ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), ("episodes", "base_images")),
+        ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), TRAINED_ON),
         ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
         ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), RESIZE_RULES),
         ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
@@ -91,8 +93,9 @@ def _add_episodes(node: CN) -> None:
     node.REGISTER = []
     # Which classes are novel: "all" (none), "every_4th:i", "novel:dog,cat,17" or "file:split.json".
     node.SPLIT = "all"
-    # "episodes", or "base_images": the base classes as a closed set, without supports (RepMet). Then
-    # MODEL.ROI_HEADS.NUM_CLASSES is their number, and an epoch has IMAGES_PER_CLASS (0 = all images).
+    # "episodes"; "base_images": the base classes as a closed set, without supports (RepMet), then
+    # MODEL.ROI_HEADS.NUM_CLASSES is their number, and an epoch has IMAGES_PER_CLASS (0 = all images); "rank_lists":
+    # what a search found for queries (SPIL), see SELF_PACED.
     node.TRAIN_ON = "episodes"
     node.IMAGES_PER_CLASS = 0
     # Classes of a training episode that occur in the query (fewer if the image has fewer) ...
@@ -101,13 +104,39 @@ def _add_episodes(node: CN) -> None:
     node.NUM_ABSENT_WAYS = 0
     # Support examples a class in training.
     node.NUM_SHOTS = 1
-    # Name in EPISODIC_MAPPER_REGISTRY.
+    # Name in EPISODIC_MAPPER_REGISTRY; "SuperpixelMapper" for co-attention.
     node.MAPPER = "EpisodicDatasetMapper"
+    node.SUPERPIXELS = CN()
+    # Where they are kept for good (below DETECTRON2_DATASETS if relative), and pixels of the shorter side that they
+    # are computed on.
+    node.SUPERPIXELS.FOLDER = "superpixels"
+    node.SUPERPIXELS.SHORT_SIDE = 300
+    # Parameters of Felzenszwalb's method (SPIL spec B3, item 27).
+    node.SUPERPIXELS.SCALE = 100.0
+    node.SUPERPIXELS.SIGMA = 0.5
+    node.SUPERPIXELS.MIN_SIZE = 50
     # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule, which never shrinks to the minimum;
     # "shortest_edge": detectron2's. Queries and supports.
     node.RESIZE_RULE = "paper"
     # (query, class) pairs that go through the heads at once in inference: bounds the memory.
     node.PAIRS_PER_CHUNK = 4
+
+
+def _add_self_paced(node: CN) -> None:
+    node.SELF_PACED = CN()
+    # Rank-list file, of tools/make_rank_lists.py or of any other search. NUM_SHOTS are the positives of a query,
+    # NUM_ABSENT_WAYS above 0 turns contrastive training on.
+    node.SELF_PACED.RANK_LISTS = ""
+    # Pseudo labels of the stage; set by the engine, empty = stage 0.
+    node.SELF_PACED.LABELS = ""
+    # Probability above which a found box is learned from in stage 1, 2, ... (paper: 0.99 - 0.1 (k - 1)); there is one
+    # stage more, which learns from the queries alone and lasts as SOLVER says.
+    node.SELF_PACED.THRESHOLDS = (0.99, 0.89, 0.79)
+    # Iterations and steps of the learning rate in stages 1, 2, ...
+    node.SELF_PACED.MAX_ITER = 10000
+    node.SELF_PACED.STEPS = (7000,)
+    # Boxes an image that are kept: 1 (instance search), or more where a class may occur several times.
+    node.SELF_PACED.BOXES_PER_IMAGE = 1
 
 
 def _add_support(node: CN) -> None:

@@ -71,6 +71,24 @@ def tiny_repmet(*overrides: object, seed: int = 0) -> nn.Module:
     return model
 
 
+# SPIL on a small untrained trunk.
+TINY_SPIL = ROOT / "configs/spil/flickrlogos27.yaml"
+TINY_SPIL_OVERRIDES = [
+    *("MODEL.TORCHVISION.WEIGHTS", "", "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0),
+    *("MODEL.RPN.CONV_DIMS", [8], "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]]),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.RPN.POST_NMS_TOPK_TEST", 10),
+    *("INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MAX_SIZE_TRAIN", 64, "FEWSHOT.SUPPORT.SIZE", 32),
+    *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 64, "FEWSHOT.SUPPORT.CONTEXT", 2),
+]
+
+
+def tiny_spil(*overrides: object, seed: int = 0) -> nn.Module:
+    """A seeded random SPIL in training mode."""
+    torch.manual_seed(seed)
+    return build_model(load_config(str(TINY_SPIL), [*TINY_SPIL_OVERRIDES, *overrides])).train()
+
+
 def random_support(rng: torch.Generator, size: tuple[int, int] = (30, 24)) -> Support:
     """A random picture as an example."""
     return Support(torch.randint(0, 256, (3, *size), generator=rng, dtype=torch.uint8))
@@ -93,6 +111,7 @@ def random_query(rng: torch.Generator, support: SupportSet, *, side: int = 64) -
     masks = torch.zeros(ways, side, side, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = True
+    cells = torch.arange(side) // 8
     instances = Instances((side, side))
     instances.gt_boxes = Boxes(boxes)
     instances.gt_classes = torch.arange(ways)
@@ -105,6 +124,8 @@ def random_query(rng: torch.Generator, support: SupportSet, *, side: int = 64) -
         "file_name": "random.png",
         "episode_id": 0,
         "instances": instances,
+        # Squares of eight pixels.
+        "superpixels": (cells[:, None] * side + cells).contiguous(),
         "support": support,
     }
 

@@ -48,6 +48,11 @@ HEAD = ("roi_heads.box_head", "roi_heads.box_predictor.bbox_pred", EMBEDDING)
     [
         ((), "last_layer", (EMBEDDING,)),
         (BASELINE_DML, "last_layer", ("roi_heads.box_head.fc2",)),
+        (
+            (*BASELINE_DML, "MODEL.ROI_BOX_HEAD.NAME", "NormedFCHead"),
+            "last_layer",
+            tuple(f"roi_heads.box_head.fc2.{name}" for name in ("weight", "bias", "norm")),
+        ),
         (BASELINE_FT, "last_layer", ("roi_heads.box_predictor.cls_score",)),
         ((), "head", HEAD),
         ((), "all", (*HEAD, "proposal_generator", "backbone")),

@@ -3,11 +3,13 @@
 from . import datasets
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY, EpisodicDatasetMapper
 from .loaders import EpisodicTestLoader, EpisodicTrainLoader
+from .superpixel_mapper import SuperpixelMapper
 
 __all__ = [
     "EPISODIC_MAPPER_REGISTRY",
     "EpisodicDatasetMapper",
     "EpisodicTestLoader",
     "EpisodicTrainLoader",
+    "SuperpixelMapper",
     "datasets",
 ]

@@ -84,7 +84,7 @@ def load_instances_json(
         FileNotFoundError: there is no such file.
         ValueError: the file is not JSON or not an instances file; the message says where.
     """
-    return records_of(_read_json(Path(json_file)), image_root, name, json_file)
+    return records_of(read_json(Path(json_file)), image_root, name, json_file)
 
 
 def records_of(
@@ -111,7 +111,8 @@ def records_of(
     return list(records.values())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a COCO or LVIS json that has the lists a data set needs."""
     if not path.is_file():
         raise FileNotFoundError(
             f"annotation file must exist, got {path} (relative paths: below DETECTRON2_DATASETS)"

@@ -95,7 +95,7 @@ class EpisodicDatasetMapper:
         """
         record = episode.query
         pixels = read_image(record, self.image_format)
-        flip = np.random.default_rng((*episode.key, 2)).random() < self.flip_probability
+        flip = self.flips(episode)
         transforms = [T.HFlipTransform(pixels.shape[1])] if flip else []
         transforms.append(self.resize.get_transform(pixels))
         transform = T.TransformList(transforms)
@@ -109,10 +109,16 @@ class EpisodicDatasetMapper:
             "episode_id": episode.episode_id,
         }
         if episode.supports:
-            result["support"] = self.support_set(episode, flip=bool(flip))
+            result["support"] = self.support_set(episode, flip=flip)
         if self.is_train:
             result["instances"] = self._instances(episode, transform, pixels.shape[:2])
+        if episode.weights:
+            result["weights"] = list(episode.weights)
         return result
+
+    def flips(self, episode: Episode) -> bool:
+        """Whether an episode's query and supports are flipped."""
+        return bool(np.random.default_rng((*episode.key, 2)).random() < self.flip_probability)
 
     def _instances(
         self, episode: Episode, transform: T.Transform, image_size: tuple[int, int]

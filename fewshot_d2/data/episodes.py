@@ -5,7 +5,7 @@ the support uniform over images with the class and then over its instances there
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,9 @@ class Episode:
         class_ids (tuple[int, ...]), class_names (tuple[str, ...]): the K classes, dataset category ids.
         contiguous_ids (tuple[int, ...]): the same classes as ``category_id`` of the query's annotations.
         supports (tuple): K tuples of (dataset dict, annotation) pairs, one a shot.
-        key (tuple[int, int]): seed of everything random in this episode.
+        key (tuple[int, ...]): seed of everything random in this episode.
         episode_id (int): its number in the plan or in the training stream.
+        weights (tuple[float, ...]): how much each class's losses count in training; empty = 1 each.
     """
 
     query: dict
@@ -35,8 +36,9 @@ class Episode:
     class_names: tuple[str, ...]
     contiguous_ids: tuple[int, ...]
     supports: tuple[tuple[tuple[dict, dict], ...], ...]
-    key: tuple[int, int]
+    key: tuple[int, ...]
     episode_id: int
+    weights: tuple[float, ...] = ()
 
 
 class EpisodeFactory:
@@ -92,6 +94,23 @@ class EpisodeFactory:
         return record, record["annotations"][position]
 
 
+class EpochOrder:
+    """Endless numbers -> items: each epoch goes once over the items, in an order of its own."""
+
+    def __init__(self, items: Sequence[int], *seeds: int):
+        """Take the items; the order of an epoch depends on its number and the seeds alone."""
+        self.items, self.seeds = items, seeds
+        # Numbers come mostly one after another, so one epoch is worth keeping.
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> int:
+        epoch, position = divmod(number, len(self.items))
+        if epoch != self._epoch:
+            rng = np.random.default_rng((*self.seeds, epoch, 1))
+            self._epoch, self._order = epoch, rng.permutation(self.items)
+        return int(self._order[position])
+
+
 class TrainingEpisodes:
     """All training episodes there are: ``episodes[t]`` is the mapped episode ``t``, for any t >= 0."""
 
@@ -128,15 +147,14 @@ class TrainingEpisodes:
                 "training needs at least one image with a non-crowd instance of a base class that "
                 f"also has supports, got none in {len(factory.query_index.dicts)} images"
             )
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._order = EpochOrder(self.images, seed)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.mapper(self.sample(number))
 
     def sample(self, number: int) -> Episode:
         """Draw episode ``number``; the result depends on the seed and the number alone."""
-        epoch, position = divmod(number, len(self.images))
-        image_index = int(self._epoch_order(epoch)[position])
+        image_index = self._order[number]
         rng = np.random.default_rng((self.seed, number, 0))
         classes = self._draw_classes(rng, image_index)
         exclude = (image_index,) if self.exclude_query and self.factory.is_one_set else ()
@@ -155,12 +173,6 @@ class TrainingEpisodes:
         chosen = rng.permutation(present)[: self.num_ways]
         decoys = rng.permutation(absent)[: self.num_absent_ways] if self.num_absent_ways else []
         return tuple(int(c) for c in (*chosen, *decoys))
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self.seed, epoch, 1))
-            self._epoch, self._order = epoch, rng.permutation(self.images)
-        return self._order
 
 
 def worker_place() -> tuple[int, int]:

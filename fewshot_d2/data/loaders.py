@@ -20,6 +20,10 @@ from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEp
 from .images import TrainingImages
 from .index import InstanceIndex
 from .plans import EvaluationPlan, make_plan
+from .pool_episodes import PoolEpisodes
+from .pseudo_labels import PseudoLabels
+from .rank_lists import RankLists
+from .sample_pool import SamplePool
 from .splits import classes_of_side, restrict_to_classes, split_of
 
 logger = logging.getLogger(__name__)
@@ -114,9 +118,11 @@ def build_plans(
     ]
 
 
-def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages:
+def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages | PoolEpisodes:
     """What a config trains on. Novel classes are removed before anything is indexed."""
     register_from_config(cfg)
+    if cfg.FEWSHOT.TRAIN_ON == "rank_lists":
+        return build_pool_episodes(cfg)
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(f"DATASETS.TRAIN must be one name, got {cfg.DATASETS.TRAIN}")
     dataset = cfg.DATASETS.TRAIN[0]
@@ -145,6 +151,40 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages:
         *(cfg.FEWSHOT.TRAIN_ON, dataset, len(episodes.images), len(episodes.class_ids), seed),
     )
     return episodes
+
+
+def build_pool_episodes(cfg: CfgNode) -> PoolEpisodes:
+    """The rank lists of FEWSHOT.SELF_PACED at the stage of its LABELS, without any annotation of the data sets."""
+    node, seed = cfg.FEWSHOT.SELF_PACED, max(cfg.SEED, 0)
+    rank_lists = RankLists.load(node.RANK_LISTS)
+    labels = PseudoLabels.load(node.LABELS) if node.LABELS else None
+    pool = SamplePool(rank_lists, labels, num_positives=cfg.FEWSHOT.NUM_SHOTS, seed=seed)
+    mapper = build_mapper(cfg, is_train=True)
+    if getattr(mapper, "with_masks", False):
+        raise ValueError(
+            "rank lists have no masks: MODEL.MASK_ON must be False, or FEWSHOT.MAPPER one that makes them such as "
+            f"SuperpixelMapper, got {cfg.FEWSHOT.MAPPER}"
+        )
+    episodes = PoolEpisodes(
+        pool,
+        rank_lists,
+        *pool_indices(rank_lists),
+        mapper,
+        with_negatives=cfg.FEWSHOT.NUM_ABSENT_WAYS > 0,
+    )
+    logger.info(
+        "Training rank_lists: %s, SHA-256 %s, %d queries, stage %d, seed %d",
+        *(node.RANK_LISTS, rank_lists.sha256, len(rank_lists), pool.stage, seed),
+    )
+    return episodes
+
+
+def pool_indices(rank_lists: RankLists) -> tuple[InstanceIndex, InstanceIndex]:
+    """Images of the queries and of what is searched, without annotations."""
+    query_index = build_index(rank_lists.query_dataset, class_ids=())
+    if rank_lists.dataset == rank_lists.query_dataset:
+        return query_index, query_index
+    return query_index, build_index(rank_lists.dataset, class_ids=())
 
 
 def _check_num_classes(cfg: CfgNode, actual: int) -> None:

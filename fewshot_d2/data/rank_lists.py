@@ -3,19 +3,16 @@
 ``box`` is XYXY in pixels of the original image everywhere. A candidate's box is where the search saw the instance.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from ..files import canonical_sha256, write_json
+from . import typed_json
 from .index import InstanceIndex
-
-T = TypeVar("T")
-XYXY = tuple[float, float, float, float]
+from .typed_json import XYXY, has_area, is_falling, number, sequence, typed
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,11 @@ class RankList:
         if len(set(images)) != len(images):
             raise ValueError(f"query {self.query_id}: each image must be listed once, got {images}")
         for name, box in (("query", self.box), *((c.image_id, c.box) for c in self.candidates)):
-            if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
+            if not has_area(box):
                 raise ValueError(
                     f"query {self.query_id}: the box of {name} must be finite XYXY with an area, got {list(box)}"
                 )
-        scores = [c.score for c in self.candidates]
-        if not all(map(math.isfinite, scores)) or scores != sorted(scores, reverse=True):
+        if not is_falling([c.score for c in self.candidates]):
             raise ValueError(
                 f"query {self.query_id}: scores must be finite and fall from the first candidate on"
             )
@@ -109,37 +105,44 @@ class RankLists:
         Raises:
             ValueError: the file is none; the message names the file and what is wrong in it.
         """
-        try:
-            content = json.loads(Path(path).read_bytes())
-            header = content if isinstance(content, dict) else {}
-            if header.get("format") != cls.FORMAT or header.get("version") != cls.VERSION:
-                raise ValueError(f"format must be {cls.FORMAT} version {cls.VERSION}")
-            rows = _sequence(content.get("lists"), "lists")
-            return cls(
-                **{
-                    k: _typed(str, content.get(k), k)
-                    for k in ("dataset", "query_dataset", "method")
-                },
-                lists=tuple(_rank_list(row, f"lists[{i}]") for i, row in enumerate(rows)),
-            )
-        except ValueError as error:
-            raise ValueError(f"{path} must be a rank-list file, got: {error}") from error
+        return typed_json.load_document(
+            path, cls._from_content, kind="a rank-list file", format=cls.FORMAT, version=cls.VERSION
+        )
 
     def check(self, query_index: InstanceIndex, index: InstanceIndex) -> None:
-        """Raise a ``ValueError`` that names the culprit unless all images exist in these data sets."""
+        """Raise a ``ValueError`` that names the culprit unless these data sets have all images, and they the boxes.
+
+        A box may leave its image, as those of a search do, but not altogether.
+        """
         for row in self.lists:
             try:
-                query_index.image_index(row.image_id)
+                _check_box(query_index, row.image_id, row.box)
                 for candidate in row.candidates:
-                    index.image_index(candidate.image_id)
+                    _check_box(index, candidate.image_id, candidate.box)
             except ValueError as error:
                 raise ValueError(
                     f"query {row.query_id} of the rank lists must fit the data sets: {error}"
                 ) from error
 
+    @classmethod
+    def _from_content(cls, content: Mapping[str, Any]) -> "RankLists":
+        rows = sequence(content.get("lists"), "lists")
+        return cls(
+            **{k: typed(str, content.get(k), k) for k in ("dataset", "query_dataset", "method")},
+            lists=tuple(_rank_list(row, f"lists[{i}]") for i, row in enumerate(rows)),
+        )
+
     def _content(self) -> dict[str, Any]:
+        # Numbers become what they are once the file was read, so that the hash is the same before and after.
         lists = [
-            {**vars(row), "candidates": [vars(candidate) for candidate in row.candidates]}
+            {
+                **vars(row),
+                "box": [*map(float, row.box)],
+                "candidates": [
+                    {"image_id": c.image_id, "score": float(c.score), "box": [*map(float, c.box)]}
+                    for c in row.candidates
+                ],
+            }
             for row in self.lists
         ]
         return {
@@ -152,14 +155,23 @@ class RankLists:
         }
 
 
+def _check_box(index: InstanceIndex, image_id: int, box: XYXY) -> None:
+    record = index.dicts[index.image_index(image_id)]
+    width, height = record["width"], record["height"]
+    if not has_area((max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))):
+        raise ValueError(
+            f"the box in image {image_id} must have an area inside its {width} x {height} pixels, got {list(box)}"
+        )
+
+
 def _rank_list(row: Any, where: str) -> RankList:
-    values = _checked(RankList, row, where)
-    candidates = _sequence(values["candidates"], f"{where}: candidates")
+    values = typed_json.record(RankList, row, where)
+    candidates = sequence(values["candidates"], f"{where}: candidates")
     return RankList(
-        query_id=_typed(int, values["query_id"], f"{where}: query_id"),
-        image_id=_typed(int, values["image_id"], f"{where}: image_id"),
-        box=_box(values["box"], where),
-        label=_typed(int, values["label"], f"{where}: label"),
+        query_id=typed(int, values["query_id"], f"{where}: query_id"),
+        image_id=typed(int, values["image_id"], f"{where}: image_id"),
+        box=typed_json.box(values["box"], where),
+        label=typed(int, values["label"], f"{where}: label"),
         candidates=tuple(
             _candidate(c, f"{where}: candidate {i}") for i, c in enumerate(candidates)
         ),
@@ -167,41 +179,9 @@ def _rank_list(row: Any, where: str) -> RankList:
 
 
 def _candidate(row: Any, where: str) -> Candidate:
-    values = _checked(Candidate, row, where)
+    values = typed_json.record(Candidate, row, where)
     return Candidate(
-        image_id=_typed(int, values["image_id"], f"{where}: image_id"),
-        score=_number(values["score"], f"{where}: score"),
-        box=_box(values["box"], where),
+        image_id=typed(int, values["image_id"], f"{where}: image_id"),
+        score=number(values["score"], f"{where}: score"),
+        box=typed_json.box(values["box"], where),
     )
-
-
-def _checked(kind: type, row: Any, where: str) -> Mapping[str, Any]:
-    expected = {field.name for field in fields(kind)}
-    if not isinstance(row, dict) or row.keys() != expected:
-        raise ValueError(f"{where} must be an object of {sorted(expected)}, got {str(row)[:80]}")
-    return row
-
-
-def _box(value: Any, where: str) -> XYXY:
-    numbers = [_number(v, f"{where}: box") for v in _sequence(value, f"{where}: box")]
-    if len(numbers) != 4:
-        raise ValueError(f"{where}: box must be four numbers XYXY, got {numbers}")
-    return tuple(numbers)
-
-
-def _number(value: Any, what: str) -> float:
-    if type(value) not in (int, float):
-        raise ValueError(f"{what} must be a number, got {value!r}")
-    return float(value)
-
-
-def _typed(kind: type[T], value: Any, what: str) -> T:
-    if type(value) is not kind:
-        raise ValueError(f"{what} must be of type {kind.__name__}, got {value!r}")
-    return value
-
-
-def _sequence(value: Any, what: str) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{what} must be a list, got {str(value)[:80]}")
-    return value

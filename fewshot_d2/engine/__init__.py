@@ -1,7 +1,15 @@
 """Training and evaluation: what ``tools/train_net.py`` calls."""
 
 from .evaluate import evaluate, evaluate_only
+from .self_paced import train_self_paced
 from .setup import launch_from_command_line, setup
 from .trainer import EpisodicTrainer
 
-__all__ = ["EpisodicTrainer", "evaluate", "evaluate_only", "launch_from_command_line", "setup"]
+__all__ = [
+    "EpisodicTrainer",
+    "evaluate",
+    "evaluate_only",
+    "launch_from_command_line",
+    "setup",
+    "train_self_paced",
+]

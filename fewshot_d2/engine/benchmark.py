@@ -31,10 +31,9 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     """Run all plans without and with fine-tuning as FEWSHOT.BENCHMARK says; print, draw and write the numbers.
 
     Returns:
-        ``{"dataset/side/5way-1shot": {metric: percent}}``, ``".../fine-tuned"`` beside it; empty off the main process.
+        ``{"dataset/side/5way-1shot": {metric: percent}}``, ``".../fine-tuned"`` beside it; empty off the main process,
+        with which the others share the episodes.
     """
-    if not comm.is_main_process():
-        return {}
     # Several processes wrap it; what is trained on an episode is the detector itself.
     model = getattr(model, "module", model)
     node, output = cfg.FEWSHOT.BENCHMARK, Path(cfg.OUTPUT_DIR)
@@ -56,10 +55,12 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
                 logger.info("%s, %d episodes, SHA-256 %s", name, len(plan.episodes), plan.sha256)
                 show = _painter(output / "pictures" / name, runner.factory, node.PICTURES)
                 outcome = runner.run(plan, FineTuning.from_cfg(cfg) if is_tuned else None, show)
-                results[name] = outcome.metrics()
-                write_results(cfg, results)
-    write_bytes(output / "benchmark.png", _diagram(results))
-    print_csv_format(results)
+                if comm.is_main_process():
+                    results[name] = outcome.metrics()
+                    write_results(cfg, results)
+    if comm.is_main_process():
+        write_bytes(output / "benchmark.png", _diagram(results))
+        print_csv_format(results)
     return results
 
 

@@ -3,14 +3,16 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data.samplers import InferenceSampler
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
 from tqdm import tqdm
 
 from ..data.benchmark_plans import BenchmarkEpisode, BenchmarkPlan
@@ -26,6 +28,12 @@ logger = logging.getLogger(__name__)
 _RANKS = (10, 100)
 # The matching counts the last pixel as part of a box; ours end before it.
 _LAST_PIXEL = np.array([0, 0, 1, 1])
+_NOTHING = Instances(
+    (0, 0),
+    pred_boxes=Boxes(torch.empty(0, 4)),
+    scores=torch.empty(0),
+    pred_classes=torch.empty(0, dtype=torch.int64),
+)
 
 
 @dataclass
@@ -35,7 +43,8 @@ class Outcome:
     Attributes:
         pooled (dict[str, PooledPrecision]): "official" and "voc" by matching; "searched" is the official one without
             detections on objects that the data set knows but the episode does not search.
-        left_out (list[str]): messages of unreadable images.
+        unread (list[str]): why a query was not searched, once for each of an episode: its picture or one of the
+            supports' cannot be read. Its objects count as missed, so that the numbers are those of the whole plan.
         seconds (float): of the whole run. support_seconds (list[float]): of encoding and tuning each episode.
     """
 
@@ -46,9 +55,20 @@ class Outcome:
             "searched": PooledPrecision("official"),
         }
     )
-    left_out: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     seconds: float = 0.0
     support_seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: Iterable["Outcome"]) -> "Outcome":
+        """One of the episodes of all parts, which have different ones; only ``seconds`` is left open."""
+        whole = cls()
+        for part in parts:
+            for name, precision in whole.pooled.items():
+                precision.update(part.pooled[name])
+            whole.unread += part.unread
+            whole.support_seconds += part.support_seconds
+        return whole
 
     def metrics(self) -> dict[str, float]:
         """Percent, flat: AP = all entries as one list with RepMet's matching; see ``PooledPrecision``."""
@@ -68,7 +88,7 @@ class Outcome:
             "AP_searched_ci95": 100 * searched["joint_ci95"],
             **{f"R{k}": 100 * self.pooled["official"].recall_at(k) for k in _RANKS},
             "episodes": official["num_episodes"],
-            "left_out": len(self.left_out),
+            "unread_queries": len(self.unread),
             "support_seconds": float(np.mean(self.support_seconds or [np.nan])),
             "seconds": self.seconds,
         }
@@ -76,17 +96,18 @@ class Outcome:
 
 @dataclass
 class Found:
-    """One searched query, for pictures.
+    """What was found in one query.
 
     Attributes:
-        episode (BenchmarkEpisode), image_id (int), support_set (SupportSet): which and with what.
-        truth (Instances): ``gt_boxes`` and ``gt_classes`` of the searched classes. predictions (Instances).
-            Both in original pixels, classes in the order of ``support_set``.
+        episode (BenchmarkEpisode), image_id (int), support_set (SupportSet or None): which, and what it was searched
+            with; None where it could not be searched.
+        truth (Instances): ``gt_boxes`` and ``gt_ids`` of the episode's classes, see ``EpisodeRunner.truth``.
+        predictions (Instances): in original pixels, ``pred_classes`` in the order of ``support_set``.
     """
 
     episode: BenchmarkEpisode
     image_id: int
-    support_set: SupportSet
+    support_set: SupportSet | None
     truth: Instances
     predictions: Instances
 
@@ -117,18 +138,27 @@ class EpisodeRunner:
     ) -> Outcome:
         """All episodes, with fine-tuning if ``tuning`` is given; progress with the time left.
 
+        Several processes share the episodes out, as many to each, so that none of them waits long for another.
+
         Args:
             plan: was checked against the factory's indices. show: is called with every searched query.
+
+        Returns:
+            That of all processes on the main one, an empty one on the others.
         """
         outcome, start = Outcome(), time.perf_counter()
         describe = self.kept
         if tuning is not None and self.model.tunes_description(tuning.layers):
             describe = self.describe
-        for episode in tqdm(plan.episodes, desc="episodes", unit="episode", mininterval=5):
+        # In runs of neighbours: joined, they are in the order of the plan.
+        own = [plan.episodes[number] for number in InferenceSampler(len(plan.episodes))]
+        progress = {"desc": "episodes", "unit": "episode", "mininterval": 5}
+        for episode in tqdm(own, **progress, disable=not comm.is_main_process()):
             try:
                 support_set = self.support_set(episode, plan.seed)
             except ValueError as error:
-                outcome.left_out.append(f"episode {episode.id}: {error}")
+                for image_id in episode.query_image_ids:
+                    self._miss(episode, image_id, f"episode {episode.id}: {error}", outcome)
                 continue
             begin = time.perf_counter()
             with self.encoded(support_set, tuning) as features:
@@ -136,18 +166,18 @@ class EpisodeRunner:
                 for image_id in episode.query_image_ids:
                     query = describe(image_id)
                     if isinstance(query, str):
-                        outcome.left_out.append(query)
+                        self._miss(episode, image_id, query, outcome)
                         continue
                     with torch.no_grad():
-                        found = self.model.search(query, features).to("cpu")
+                        predictions = self.model.search(query, features).to("cpu")
                     truth = self.truth(image_id, episode.class_ids)
-                    others = set(self.factory.query_index.class_ids) - set(episode.class_ids)
-                    unsearched = self.truth(image_id, sorted(others))
-                    _match(episode, image_id, found, truth, unsearched, support_set, outcome)
-                    show(Found(episode, image_id, support_set, truth, found))
+                    found = Found(episode, image_id, support_set, truth, predictions)
+                    self._match(found, outcome)
+                    show(found)
+        outcome = Outcome.joined(comm.gather(outcome))
         outcome.seconds = time.perf_counter() - start
-        for message in dict.fromkeys(outcome.left_out):
-            logger.error("Left out: %s", message)
+        for message in dict.fromkeys(outcome.unread):
+            logger.error("Not searched, so that all objects count as missed: %s", message)
         return outcome
 
     def support_set(self, episode: BenchmarkEpisode, seed: int) -> SupportSet:
@@ -199,36 +229,39 @@ class EpisodeRunner:
         truth.gt_ids = torch.tensor([class_id for _, class_id in chosen], dtype=torch.int64)
         return truth
 
+    def _match(self, found: Found, outcome: Outcome) -> None:
+        """Match the detections of every class of the episode, also of one that could not be searched."""
+        episode, predictions = found.episode, found.predictions
+        searched = found.support_set.class_ids if found.support_set else ()
+        label_of = {class_id: label for label, class_id in enumerate(searched)}
+        others = set(self.factory.query_index.class_ids) - set(episode.class_ids)
+        unsearched = self.truth(found.image_id, sorted(others))
+        labels, scores = predictions.pred_classes.numpy(), predictions.scores.numpy()
+        boxes, truth_boxes, other_boxes = (
+            b.tensor.numpy() - _LAST_PIXEL
+            for b in (predictions.pred_boxes, found.truth.gt_boxes, unsearched.gt_boxes)
+        )
+        on_truth, on_other = (
+            (pixel_iou(boxes, b) >= 0.5).any(axis=1) for b in (truth_boxes, other_boxes)
+        )
+        for class_id in episode.class_ids:
+            own = labels == label_of.get(class_id, -1)
+            for name, precision in outcome.pooled.items():
+                counted = own & (on_truth | ~on_other) if name == "searched" else own
+                precision.add(
+                    episode.id,
+                    class_id,
+                    image=found.image_id,
+                    boxes=boxes[counted],
+                    scores=scores[counted],
+                    truth_boxes=truth_boxes,
+                    truth_classes=found.truth.gt_ids.numpy(),
+                )
 
-def _match(
-    episode: BenchmarkEpisode,
-    image_id: int,
-    found: Instances,
-    truth: Instances,
-    unsearched: Instances,
-    support_set: SupportSet,
-    outcome: Outcome,
-) -> None:
-    """Match the detections of every class of the episode, also of one that could not be searched."""
-    label_of = {class_id: label for label, class_id in enumerate(support_set.class_ids)}
-    labels, scores = found.pred_classes.numpy(), found.scores.numpy()
-    boxes, truth_boxes, other_boxes = (
-        b.tensor.numpy() - _LAST_PIXEL
-        for b in (found.pred_boxes, truth.gt_boxes, unsearched.gt_boxes)
-    )
-    on_truth, on_other = (
-        (pixel_iou(boxes, b) >= 0.5).any(axis=1) for b in (truth_boxes, other_boxes)
-    )
-    for class_id in episode.class_ids:
-        own = labels == label_of.get(class_id, -1)
-        for name, precision in outcome.pooled.items():
-            counted = own & (on_truth | ~on_other) if name == "searched" else own
-            precision.add(
-                episode.id,
-                class_id,
-                image=image_id,
-                boxes=boxes[counted],
-                scores=scores[counted],
-                truth_boxes=truth_boxes,
-                truth_classes=truth.gt_ids.numpy(),
-            )
+    def _miss(
+        self, episode: BenchmarkEpisode, image_id: int, message: str, outcome: Outcome
+    ) -> None:
+        """Nothing is found in a query that cannot be searched."""
+        outcome.unread.append(message)
+        truth = self.truth(image_id, episode.class_ids)
+        self._match(Found(episode, image_id, None, truth, _NOTHING), outcome)

@@ -169,17 +169,22 @@ class PooledPrecision:
             self._images.setdefault(place, []).append(_top(entries, max(self.ranks)))
             self._image_truths[place] = self._image_truths.get(place, 0) + num_truth
 
-    def joint(self) -> float:
-        """One AP over all entries (RepMet)."""
-        return self._mean([list(self._truths)])
+    def update(self, other: "PooledPrecision") -> None:
+        """Take over the entries of ``other``, which gathered other episodes.
 
-    def per_episode_mean(self) -> float:
-        """Mean over episodes of the AP over their entries (OS2D)."""
-        return self._mean(self._keys_by(0))
-
-    def per_class_mean(self) -> float:
-        """Mean over classes of the AP over their entries (VOC, COCO)."""
-        return self._mean(self._keys_by(1))
+        Raises:
+            ValueError: an episode is in both.
+        """
+        common = {e for e, _ in self._truths} & {e for e, _ in other._truths}
+        if common:
+            raise ValueError(f"episodes must differ, got {sorted(common)[:5]} twice")
+        for own, more in (
+            (self._entries, other._entries),
+            (self._truths, other._truths),
+            (self._images, other._images),
+            (self._image_truths, other._image_truths),
+        ):
+            own.update(more)
 
     def recall_at(self, rank: int) -> float:
         """Mean over images with ground truth of the share of it among the image's ``rank`` best entries (spec 3.5).
@@ -196,10 +201,12 @@ class PooledPrecision:
         return float(np.mean(recalls)) if recalls else float("nan")
 
     def summary(self) -> dict[str, float]:
-        """Every reducer with the half width of its 95 % interval ("..._ci95"), between 0 and 1, and the counts.
+        """The AP in three ways with the half widths of their 95 % intervals ("..._ci95"), in 0..1, and the counts.
 
-        The mean over episodes has 1.96 s / sqrt(episodes); the others, which are no means over episodes, leave out
-        each of at most 20 groups of whole episodes in turn (jackknife). NaN where there is one episode only.
+        "joint" is one AP over all entries (RepMet), "per_episode_mean" the mean over episodes of the AP over their
+        entries (OS2D), "per_class_mean" that over classes (VOC, COCO). The mean over episodes has
+        1.96 s / sqrt(episodes); the others, which are no means over episodes, leave out each of at most 20 groups of
+        whole episodes in turn (jackknife). NaN where there is one episode only.
         """
         by_episode = self._keys_by(0)
         episodes = np.array([self._precisions(keys)[0] for keys in by_episode])
@@ -225,16 +232,11 @@ class PooledPrecision:
             groups.setdefault(key[position], []).append(key)
         return list(groups.values())
 
-    def _mean(self, groups: list[list[Key]]) -> float:
-        values = [self._precisions(keys)[0] for keys in groups]
-        known = [value for value in values if not np.isnan(value)]
-        return float(np.mean(known)) if known else float("nan")
-
     def _with_width(self, groups: list[list[Key]]) -> tuple[float, float]:
         """Mean of the groups' precisions and the jackknife's half width."""
         folds = self._folds()
-        values = np.array([self._precisions(keys, folds) for keys in groups])
-        known = values[~np.isnan(values).all(axis=1)]
+        values = (self._precisions(keys, folds) for keys in groups)
+        known = np.array([value for value in values if not np.isnan(value).all()])
         if not len(known):
             return float("nan"), float("nan")
         whole = float(known[:, 0].mean())

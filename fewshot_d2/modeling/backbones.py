@@ -35,6 +35,11 @@ class FeatureBackbone(Backbone):
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
 
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to whole cells of the coarsest map: TensorFlow's padding would cut off the last one."""
+        return max(self._out_feature_strides.values())
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (Tensor[N, 3, H, W]) -> the named maps."""
         return self.model(images)

@@ -40,6 +40,10 @@ class Pairs:
             part = slice(start, start + size)
             yield Pairs(self.query[part], self.episode_class[part], self.support[part])
 
+    def images(self, queries: ImageList) -> ImageList:
+        """The queries as heads see them that take one "image" a pair; they read the sizes only."""
+        return ImageList(queries.tensor, [queries.image_sizes[query] for query in self.query])
+
     def rows_of(self, query: int) -> list[int]:
         """Rows of the batch's ``SupportFeatures`` that are searched in a query."""
         return [row for of, row in zip(self.query, self.support, strict=True) if of == query]
@@ -172,6 +176,20 @@ class FewShotDetector(nn.Module):
             ValueError: a query without support, or features of another system.
         """
         key = "support_features" if "support_features" in batched_inputs[0] else "support"
+        sources, pairs = self.distinct_supports(batched_inputs, key)
+        if key == "support":
+            return self.encode_support(sources), pairs
+        features = SupportFeatures.cat(sources).to(self.device)
+        if features.system != type(self).__name__:
+            raise ValueError(
+                f"support features must be made by {type(self).__name__}, got {features.system!r}"
+            )
+        return features, pairs
+
+    def distinct_supports(
+        self, batched_inputs: Sequence[dict[str, Any]], key: str
+    ) -> tuple[list[Any], Pairs]:
+        """Each distinct object that the queries have under ``key`` once, and the pairs that follow."""
         sources: dict[int, SupportSet | SupportFeatures] = {}
         for x in batched_inputs:
             if x.get(key) is None:
@@ -179,27 +197,26 @@ class FewShotDetector(nn.Module):
                     f"every query must have {key!r}, got none for {x.get('file_name', 'a query')}"
                 )
             sources.setdefault(id(x[key]), x[key])
-        starts = dict(
-            zip(
-                sources,
-                itertools.accumulate((len(s) for s in sources.values()), initial=0),
-                strict=False,
-            )
-        )
+        lengths = (len(source) for source in sources.values())
+        starts = dict(zip(sources, itertools.accumulate(lengths, initial=0), strict=False))
         triples = [
             (query, k, starts[id(x[key])] + k)
             for query, x in enumerate(batched_inputs)
             for k in range(len(x[key]))
         ]
         pairs = Pairs(*(list(column) for column in zip(*triples, strict=True)))
-        if key == "support":
-            return self.encode_support(list(sources.values())), pairs
-        features = SupportFeatures.cat(sources.values()).to(self.device)
-        if features.system != type(self).__name__:
-            raise ValueError(
-                f"support features must be made by {type(self).__name__}, got {features.system!r}"
-            )
-        return features, pairs
+        return list(sources.values()), pairs
+
+    def support_features(
+        self, tensors: dict[str, Tensor], support_sets: Sequence[SupportSet]
+    ) -> SupportFeatures:
+        """The tensors of all classes of all sets, with the classes' names."""
+        return SupportFeatures(
+            tensors=tensors,
+            class_ids=[c for s in support_sets for c in s.class_ids],
+            class_names=[name for s in support_sets for name in s.class_names],
+            system=type(self).__name__,
+        )
 
     def postprocess(
         self,

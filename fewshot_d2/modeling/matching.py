@@ -65,3 +65,15 @@ def matched_features(features: Tensor, vectors: Tensor, weight: Tensor, bias: Te
     """
     joined = torch.cat([features, absolute_difference(features, vectors)], dim=1)
     return F.conv2d(joined, weight, bias)
+
+
+def depthwise_correlation(features: Tensor, kernels: Tensor) -> Tensor:
+    """Depth-wise cross-correlation with kernels of one cell: each channel times its own number (SPIL 3.1, eq. 3).
+
+    Args:
+        features (Tensor[P, C, H, W]), kernels (Tensor[P, C]).
+
+    Returns:
+        Tensor[P, C, H, W].
+    """
+    return features * kernels[:, :, None, None]

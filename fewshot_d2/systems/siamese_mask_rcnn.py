@@ -212,12 +212,7 @@ class SiameseMaskRCNN(FewShotDetector):
         for level, features in self.backbone(images).items():
             valid = self._valid_cells(sizes, features) if self.pool_valid_only else None
             vectors[level] = mean_over_shots(average_pool(features, valid), num_shots)
-        return SupportFeatures(
-            tensors=vectors,
-            class_ids=[c for s in support_sets for c in s.class_ids],
-            class_names=[name for s in support_sets for name in s.class_names],
-            system=type(self).__name__,
-        )
+        return self.support_features(vectors, support_sets)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict]:
         """Losses in training, ``[{"instances": Instances}]`` in inference; see ``structures``."""
@@ -227,7 +222,7 @@ class SiameseMaskRCNN(FewShotDetector):
         if not self.training:
             return self.inference(batched_inputs, queries, pyramid, support, pairs)
         matched, for_rpn = self.matching(self.matching.share(pyramid), support.tensors, pairs)
-        images, targets = _images_of(queries, pairs), pairs.targets(batched_inputs, self.device)
+        images, targets = pairs.images(queries), pairs.targets(batched_inputs, self.device)
         proposals, rpn_losses = self.proposal_generator(images, for_rpn, targets)
         _, roi_losses = self.roi_heads(images, matched, proposals, targets)
         losses = {**rpn_losses, **roi_losses}
@@ -249,7 +244,7 @@ class SiameseMaskRCNN(FewShotDetector):
         results = []
         for chunk in pairs.chunks(self.pairs_per_chunk):
             matched, for_rpn = self.matching(shared, support.tensors, chunk)
-            images = _images_of(queries, chunk)
+            images = chunk.images(queries)
             proposals, _ = self.proposal_generator(images, for_rpn)
             results += self.roi_heads(images, matched, proposals)[0]
         return self.postprocess(results, pairs, batched_inputs)
@@ -261,8 +256,3 @@ class SiameseMaskRCNN(FewShotDetector):
         rows = torch.arange(height, device=features.device) / height < size[:, :1]
         columns = torch.arange(width, device=features.device) / width < size[:, 1:]
         return rows[:, :, None] & columns[:, None, :]
-
-
-def _images_of(queries: ImageList, pairs: Pairs) -> ImageList:
-    """The queries as the heads see them: one "image" a pair; only the sizes are read."""
-    return ImageList(queries.tensor, [queries.image_sizes[query] for query in pairs.query])

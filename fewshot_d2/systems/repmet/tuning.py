@@ -40,8 +40,9 @@ class EpisodeTuner:
 
         Args:
             detector: in inference mode.
-            layers: "last_layer" = the last layer of the embedding, which is the box head's last where there is none
-                of its own (paper); "head" = box head and predictor; "all" = all that is trained on base classes.
+            layers: "last_layer" = the last layer of the embedding, which is the box head's last linear one (with its
+                norm) where there is none of its own (paper); "head" = box head and predictor; "all" = all that is
+                trained on base classes.
         """
         if layers not in LAYERS:
             raise ValueError(f"FEWSHOT.FINETUNE.LAYERS must be one of {LAYERS}, got {layers!r}")
@@ -124,5 +125,7 @@ def tuned_modules(detector: "RepMet", layers: str) -> list[nn.Module]:
         return [*heads.description_layers.modules(), predictor]
     if predictor.last_layer is not None:
         return [predictor.last_layer]
-    weighted = [m for m in heads.description_layers.modules() if list(m.parameters(recurse=False))]
-    return weighted[-1:]
+    ordered = list(heads.description_layers.modules())
+    linear = [i for i, m in enumerate(ordered) if isinstance(m, (nn.Linear, nn.Conv2d))]
+    # With the norm that may follow it.
+    return ordered[linear[-1] :]
