@@ -8,6 +8,8 @@ from typing import Any
 _ARRAY_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
+    # No data, as protocol 2 has it: that of an empty array.
+    ("__builtin__", "bytes"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     *(
@@ -16,6 +18,13 @@ _ARRAY_GLOBALS = {
         for name in ("_reconstruct", "scalar")
     ),
 }
+
+
+# What damaged files make the unpickler and numpy raise besides its own error.
+_BROKEN = (
+    *(AttributeError, EOFError, ImportError, LookupError, MemoryError, OverflowError),
+    *(TypeError, ValueError),
+)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -32,7 +41,10 @@ def load_arrays(path: str | Path) -> Any:
     """Read a pickle, also one of Python 2.
 
     Raises:
-        pickle.UnpicklingError: it holds anything else.
+        pickle.UnpicklingError: it holds anything else, or is broken.
     """
-    with open(path, "rb") as file:
-        return _ArrayUnpickler(file, encoding="latin1").load()
+    try:
+        with open(path, "rb") as file:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except _BROKEN as error:
+        raise pickle.UnpicklingError(str(error)) from error

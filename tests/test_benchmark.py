@@ -22,7 +22,8 @@ from torchvision.ops import box_iou
 from fewshot_d2 import Support, SupportSet, load_config
 from fewshot_d2.data.benchmark_plans import build_benchmark_plans
 from fewshot_d2.data.loaders import build_factory, build_mapper
-from fewshot_d2.engine.episode_runner import EpisodeRunner
+from fewshot_d2.engine.benchmark import _diagram, named_plans
+from fewshot_d2.engine.episode_runner import EpisodeRunner, Outcome
 from fewshot_d2.engine.evaluate import evaluate
 from fewshot_d2.engine.finetune import FineTuning
 
@@ -132,7 +133,32 @@ def test_numbers_equal_those_of_another_way(plan, folder):
     assert 0 < expected < 1
     assert summary["joint"] == pytest.approx(expected, abs=1e-4)
     assert outcome.metrics()["AP_voc"] == pytest.approx(100 * expected, abs=1e-2)
-    assert outcome.metrics()["episodes"] == 3 and outcome.left_out == []
+    assert outcome.metrics()["episodes"] == 3 and outcome.unread == []
+
+
+class FixedSummary:
+    """A pooled precision whose numbers tell where they come from."""
+
+    def __init__(self, offset):
+        names = ("joint", "per_episode_mean", "per_class_mean")
+        self.values = {name: (offset + i) / 100 for i, name in enumerate(names)}
+        self.values |= {f"{name}_ci95": v / 10 for name, v in self.values.items()}
+        self.values["num_episodes"] = 7
+
+    def summary(self):
+        return self.values
+
+    def recall_at(self, rank):
+        return rank / 1000
+
+
+def test_each_number_has_its_own_name():
+    pooled = {"official": FixedSummary(10), "voc": FixedSummary(20), "searched": FixedSummary(30)}
+    metrics = Outcome(pooled, unread=["a", "a"], seconds=5.0, support_seconds=[1.0, 2.0]).metrics()
+    expected = {"AP": 10, "AP_episodes": 11, "AP_classes": 12, "AP_voc": 20, "AP_searched": 30}
+    expected |= {f"{name}_ci95": value / 10 for name, value in expected.items()}
+    expected |= {"R10": 1, "R100": 10, "episodes": 7, "unread_queries": 2}
+    assert metrics == pytest.approx({**expected, "support_seconds": 1.5, "seconds": 5.0})
 
 
 def test_objects_of_other_classes_can_be_left_out_of_the_count(plan):
@@ -179,12 +205,11 @@ def test_tuned_queries_are_described_anew(plan):
     model, tuning = tiny_repmet(), dataclasses.replace(TUNING, layers="head", base_lr=0.05)
     runner = runner_of(model)
     runner.run(plan, None)
-    described = runner.kept.cache_info().misses
+    before = runner.kept.cache_info()
     runner.run(plan, tuning)
-    assert runner.kept.cache_info().misses == described and described > 0
-    hits = runner.kept.cache_info().hits
+    assert runner.kept.cache_info() == before and before.misses > 0
     runner.run(plan, TUNING)
-    assert runner.kept.cache_info().hits > hits
+    assert runner.kept.cache_info().hits > before.hits
 
 
 def test_detectors_without_tuning_run_as_well(plan):
@@ -192,6 +217,12 @@ def test_detectors_without_tuning_run_as_well(plan):
     assert 0 <= metrics["AP"] <= 100 and metrics["episodes"] == 3
     with pytest.raises(ValueError, match="fine-tuning needs a detector"):
         runner_of(tiny_model("MODEL.MASK_ON", False)).run(plan, TUNING)
+
+
+def test_detectors_without_tuning_are_refused_before_anything_runs(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"FINE_TUNE must be \(False,\) for SiameseMaskRCNN"):
+        evaluate(config("OUTPUT_DIR", str(tmp_path)), tiny_model("MODEL.MASK_ON", False))
+    assert not list(tmp_path.iterdir())
 
 
 def test_class_without_supports_counts_as_missed(plan):
@@ -204,11 +235,12 @@ def test_class_without_supports_counts_as_missed(plan):
     assert found["num_entries"] < whole["num_entries"]
 
 
-def test_unreadable_pictures_are_left_out_and_named(plan, folder, caplog):
+def test_unreadable_pictures_count_as_missed_and_are_named(plan, folder, caplog):
     model, runner = tiny_repmet(), runner_of(tiny_repmet())
     query = plan.episodes[0].query_image_ids[0]
     support = runner.factory.support_index.locate(plan.episodes[1].supports[0][0])[0]
     names = [f"{query - 100}.png", f"{support}.png"]
+    whole = runner.run(plan, None).pooled
     originals = {name: (folder / name).read_bytes() for name in names}
     try:
         for name in names:
@@ -219,9 +251,13 @@ def test_unreadable_pictures_are_left_out_and_named(plan, folder, caplog):
         for name, content in originals.items():
             (folder / name).write_bytes(content)
     assert all(name in caplog.text for name in names)
-    left_out = " ".join(outcome.left_out)
-    assert "episode 1:" in left_out and f"query {query}:" in left_out
-    assert outcome.metrics()["left_out"] == len(outcome.left_out)
+    unread = " ".join(outcome.unread)
+    assert "episode 1:" in unread and f"query {query}:" in unread
+    assert outcome.metrics()["unread_queries"] == len(outcome.unread)
+    for name, part in outcome.pooled.items():
+        found, expected = part.summary(), whole[name].summary()
+        assert found["num_truth"] == expected["num_truth"] and found["num_episodes"] == 3
+        assert found["num_entries"] < expected["num_entries"]
 
 
 def test_config_runs_every_plan_without_and_with_tuning(folder, tmp_path):
@@ -242,6 +278,27 @@ def test_config_runs_every_plan_without_and_with_tuning(folder, tmp_path):
         tiny_repmet(),
     )
     assert all(again[n]["AP"] == results[n]["AP"] for n in names)
+
+
+def test_plans_with_one_name_are_refused(plan):
+    assert [name for _, name in named_plans([plan])] == [f"{NAME}/all/3way-2shot"]
+    with pytest.raises(ValueError, match="must differ in data set, side, ways or shots"):
+        named_plans([plan, dataclasses.replace(plan, seed=1)])
+
+
+def test_diagram_has_a_curve_for_each_number_of_ways(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "fewshot_d2.engine.benchmark.plot_by_shots", lambda curves, label: drawn.update(curves)
+    )
+    names = [f"a/novel/{ways}way-{n}shot" for ways in (2, 5) for n in (1, 10)]
+    names.append("a/novel/5way-10shot/fine-tuned")
+    _diagram({name: {"AP": i, "AP_ci95": 0.1} for i, name in enumerate(names)})
+    assert drawn == {
+        "a/novel/2way": {1: (0, 0.1), 10: (1, 0.1)},
+        "a/novel/5way": {1: (2, 0.1), 10: (3, 0.1)},
+        "a/novel/5way/fine-tuned": {10: (4, 0.1)},
+    }
 
 
 def test_plan_of_another_split_is_refused(folder, plan, tmp_path):

@@ -13,11 +13,11 @@ from factories import ROOT, random_query, random_support_set
 from fewshot_d2 import add_fewshot_config, load_config
 from fewshot_d2.engine.solver import build_optimizer
 
-# Classifiers have no boxes; test_dml_classifier.py runs theirs.
+# Classifiers and searches are no detectors; test_dml_classifier.py and test_region_search.py run theirs.
 CONFIGS = sorted(
     p
     for p in (ROOT / "configs").rglob("*.yaml")
-    if not p.name.startswith("Base") and p.parent.name != "dml"
+    if not p.name.startswith("Base") and p.parent.name not in ("dml", "retrieval")
 )
 # Weights are no part of the checkout, and without them the gradients of a deep network with frozen norms are huge;
 # proposals and detections are fewer to save time.
@@ -38,8 +38,10 @@ def test_config_trains_and_runs(path: Path, rng):
     optimizer = build_optimizer(cfg, model)
     before = [p.detach().clone() for p in model.parameters()]
     query = random_query(rng, random_support_set(rng))
+    is_closed_set = cfg.FEWSHOT.TRAIN_ON == "base_images"
+    trained = {k: v for k, v in query.items() if k != "support" or not is_closed_set}
     with EventStorage(0):
-        losses = model([query])
+        losses = model([trained])
     sum(losses.values()).backward()
     assert losses and all(name.startswith("loss_") for name in losses)
     assert all(torch.isfinite(loss) for loss in losses.values())

@@ -123,7 +123,9 @@ def test_no_epoch_changes_nothing(rng):
 def test_is_the_same_each_time(rng):
     model, support = tiny_repmet(), support_set(rng)
     results = []
-    for _ in range(2):
+    for state in range(2):
+        # What was drawn before does not matter.
+        torch.manual_seed(state)
         with fine_tuned(model, support, tuning()) as features:
             results.append(features.tensors["representatives"])
     assert torch.equal(*results)
@@ -148,6 +150,23 @@ def test_detectors_that_cannot_be_tuned_are_refused(rng, prepare):
         fine_tuned(prepare(), random_support_set(rng), tuning()),
     ):
         pass
+
+
+def test_divergence_is_an_error_and_restores(rng):
+    model = tiny_repmet()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with (
+        pytest.raises(FloatingPointError, match=r"classes \[4, 9\] has diverged: .*BASE_LR"),
+        fine_tuned(model, support_set(rng), tuning(epochs=20, lr=1e8)),
+    ):
+        pass
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"lr": 0.0}])
+def test_tuning_that_does_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="EPOCHS must be at least 0 and BASE_LR above 0"):
+        tuning(**wrong)
 
 
 def test_unknown_layers_are_refused(rng):

@@ -103,6 +103,11 @@ def test_wrong_number_of_classes_is_refused(dataset):
         build_training_episodes(config(dataset, "MODEL.ROI_HEADS.NUM_CLASSES", 4))
 
 
+def test_negative_number_of_images_is_refused(dataset):
+    with pytest.raises(ValueError, match="IMAGES_PER_CLASS must be at least 0, got -1"):
+        images_of(dataset, per_class=-1)
+
+
 def test_without_any_instance_there_is_nothing_to_train_on(dataset):
     with pytest.raises(ValueError, match="at least one image"):
         TrainingImages(build_factory(dataset, "", []), None, per_class=0, seed=0)

@@ -66,6 +66,20 @@ def test_case_e_of_the_spec():
     assert precision.summary()["per_class_mean"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("matching", ["official", "voc"])
+def test_half_an_overlap_is_a_hit(matching):
+    half, less = [0, 0, 99, 49], [0, 0, 99, 48]
+    for box, expected in ((half, 1.0), (less, 0.0)):
+        precision = pooled(matching, (0, 1, [(box, 0.9)], {1: [G1]}))
+        assert precision.summary()["joint"] == expected
+
+
+def test_of_equal_scores_the_wrong_ones_come_first():
+    assert average_precision(np.array([0.5, 0.5]), np.array([True, False]), 1) == 0.5
+    precision = pooled("official", (0, 1, [(G1, 0.5), (G2, 0.5)], {1: [G1]}))
+    assert precision.summary()["joint"] == 0.5
+
+
 def naive_iou(a, b):
     pixels = [
         {(x, y) for x in range(box[0], box[2] + 1) for y in range(box[1], box[3] + 1)}
@@ -100,6 +114,18 @@ def naive_official(scores, overlaps, of_class):
             entries.append((max(scores[d] for d in on), bool(own)))
     entries += [(scores[d], False) for d in range(len(scores)) if not (overlaps[d] >= 0.5).any()]
     return entries
+
+
+def test_class_of_one_episode_only_has_an_interval_too():
+    rows = [r for r in random_run() if r[2] != 3 or r[0] == 0]
+    for i, row in enumerate(rows):
+        classes = np.where(row[6] == 3, 1, row[6]) if row[0] else row[6]
+        rows[i] = (*row[:6], classes)
+    summary = gathered(rows).summary()
+    without = [gathered([r for r in rows if r[0] != e]).summary() for e in range(7)]
+    values = np.array([part["per_class_mean"] for part in without])
+    expected = 1.96 * (6 * values.var()) ** 0.5
+    assert summary["per_class_mean_ci95"] == pytest.approx(expected)
 
 
 def naive_voc(scores, overlaps, of_class):

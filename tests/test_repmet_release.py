@@ -101,6 +101,38 @@ def test_both_forms_give_the_same_plan_on_the_same_boxes(convert, tmp_path, epis
     assert place(other) == ("photos/Data/1.JPEG", [5, 5, 10, 10])
 
 
+def test_ids_count_from_one_with_or_without_a_name_for_background(convert, tmp_path):
+    named = {}
+    for classes in (["__background__", "fox", "dog", "cat"], ["fox", "dog", "cat"]):
+        convert(by_index(), {**roidb(), "classes": classes})
+        content = json.loads((tmp_path / "out/instances.json").read_text())
+        named[len(classes)] = {c["id"]: c["name"] for c in content["categories"]}
+    assert named[3] == named[4] == {1: "fox", 2: "dog", 3: "cat"}
+
+
+def test_image_that_stands_there_again_flipped_is_its_first_self(convert):
+    images = roidb()
+    for entry in images["roidb"][:]:
+        boxes = 39 - entry["boxes"][:, [2, 1, 0, 3]]
+        images["roidb"].append({**entry, "boxes": boxes, "flipped": True})
+    assert convert(by_path(), images) == convert(by_path())
+
+
+def test_image_without_boxes_is_an_image(convert, tmp_path):
+    images = roidb()
+    images["roidb"][2] |= {"boxes": np.zeros((0, 4)), "gt_classes": np.zeros(0, int)}
+    convert(by_index(), images)
+    content = json.loads((tmp_path / "out/instances.json").read_text())
+    assert [i["id"] for i in content["images"]] == [0, 1, 2, 3]
+    assert {a["image_id"] for a in content["annotations"]} == {0, 1, 3}
+
+
+def damaged(**changes):
+    images = roidb()
+    images["roidb"][2] |= changes
+    return images
+
+
 def test_every_box_in_a_support_image_is_a_shot_of_its_class_up_to_the_limit(convert):
     episodes = [{**by_index()[0], "train_nImg": {1: [0, 2], 2: [0, 1]}, "query_images": {1: [3]}}]
     assert [len(ids) for ids in convert(episodes, shots=2).episodes[0].supports] == [2, 2]
@@ -118,7 +150,23 @@ class Evil:
         ([Evil()], None, "episodes.npz must be a pickle of the release, got: only arrays"),
         (by_index(), {**roidb(), "x": Evil()}, "roidb.pkl must be a pickle of the release"),
         (b"no pickle", None, "episodes.npz must be a pickle of the release"),
+        # A dtype that numpy does not know, and a codec that Python does not.
+        (b"\x80\x02cnumpy\ndtype\n(X\x03\x00\x00\x00zzztR.", None, "must be a pickle .*zzz"),
+        (
+            b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x01\x00\x00\x00btR.",
+            None,
+            "must be a p",
+        ),
         (by_index(), [1], "roidb.pkl must hold a dict with 'roidb'"),
+        (by_index(), {**roidb(), "classes": 5}, "roidb.pkl must hold a dict with 'roidb'"),
+        (by_index(), damaged(gt_classes=[1, 2]), "roidb.pkl: image 2 .* each of 1 boxes"),
+        (by_index(), damaged(gt_classes=[4]), r"roidb.pkl: image 2 .* must be 1..3, got \[4\]"),
+        (by_index(), damaged(width="wide"), "roidb.pkl: image 2 must be complete"),
+        ([1], None, "episode 0 must fit .* dict with 'epi_cats' must be there, got int"),
+        ([{**by_index()[0], "epi_cats": [0, 1]}], None, r"must be 1..3, got \[0, 1\]"),
+        ([{**by_index()[0], "epi_cats": [1, 1]}], None, "episodes.npz must give .* unique"),
+        ([{**by_index()[0], "query_images": [1]}], None, "episode 0 .* must be dicts by class"),
+        ([{**by_index()[0], "query_images": {}}], None, "episodes.npz must give .* got 2, 1, 0"),
         ([], None, "episodes.npz must hold a list of episodes"),
         ([{"epi_cats": [1]}], None, "episode 0 must fit .*train_nImg"),
         ([{**by_index()[0], "query_images": {1: [99]}}], None, "episode 0 .* one of 4, got 99"),

@@ -81,6 +81,14 @@ def test_narrow_gaussian_kills_every_overlap():
     assert kept.tolist() == [0, 2]
 
 
+def test_boxes_without_an_area_overlap_nothing():
+    boxes = torch.tensor([[0.0, 0, 0, 5], [0, 0, 0, 5], [1, 1, 3, 3]])
+    for method in ("gaussian", "linear"):
+        kept, final = soft_nms(boxes, torch.tensor([0.7, 0.8, 0.9]), method=method)
+        assert kept.tolist() == [2, 1, 0]
+        assert_close(final, torch.tensor([0.9, 0.8, 0.7]))
+
+
 def test_half_precision_one_box_and_none():
     boxes, scores = torch.tensor([[0.0, 0, 10, 10]]).half(), torch.tensor([0.5]).half()
     kept, final = soft_nms(boxes, scores, method="gaussian")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .index import InstanceIndex
-from .loaders import build_factory, testable_classes
+from .loaders import plan_sources
 from .plan_files import PlanFile
 from .splits import check_side
 
@@ -170,22 +170,12 @@ def build_benchmark_plans(
     Args:
         shots: the largest of them is the ``max_shots`` of all. Others: as of ``make_benchmark_plan``.
     """
-    classes = testable_classes(dataset, split, sides)
-    factory = build_factory(dataset, support_dataset)
+    sources = plan_sources(
+        dataset=dataset, support_dataset=support_dataset, split=split, sides=sides
+    )
     return [
-        make_benchmark_plan(
-            factory.query_index,
-            factory.support_index,
-            dataset=dataset,
-            support_dataset=support_dataset,
-            split=split,
-            side=side,
-            class_ids=class_ids,
-            shots=number,
-            max_shots=max(shots),
-            **options,
-        )
-        for side, class_ids in classes.items()
+        make_benchmark_plan(**source, shots=number, max_shots=max(shots), **options)
+        for source in sources
         for number in shots
     ]
 

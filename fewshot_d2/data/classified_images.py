@@ -23,7 +23,7 @@ from .loaders import build_index
 # () -> uint8 (H, W, 3), RGB. What makes one must be importable, because workers may be spawned.
 Read = Callable[[], np.ndarray]
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _OMNIGLOT = re.compile(r"omniglot:(\d+)-(\d+):(\d+)-(\d+)")
 
 
@@ -106,7 +106,7 @@ def class_folders(root: str | Path) -> ClassifiedImages:
     """Pictures ``root/class/*``, in the order of their names; nothing is read yet."""
     folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
     images = [
-        sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         for folder in folders
     ]
     return ClassifiedImages(

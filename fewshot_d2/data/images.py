@@ -34,8 +34,10 @@ class TrainingImages:
             per_class: images a class in an epoch; 0 = all images.
 
         Raises:
-            ValueError: no image has an instance.
+            ValueError: no image has an instance, or ``per_class`` is negative.
         """
+        if per_class < 0:
+            raise ValueError(f"FEWSHOT.IMAGES_PER_CLASS must be at least 0, got {per_class}")
         self.factory, self.mapper, self.per_class, self.seed = factory, mapper, per_class, seed
         index = factory.query_index
         self.class_ids = index.class_ids

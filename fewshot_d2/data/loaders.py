@@ -14,6 +14,7 @@ from detectron2.data import (
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from ..structures import SupportFeatures
 from .coco_json import dataset_categories, register_instances
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
@@ -76,13 +77,30 @@ def build_factory(
     )
 
 
-def testable_classes(dataset: str, split: str, sides: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Classes of each side that has any; the others are named in a warning."""
+def plan_sources(
+    *, dataset: str, support_dataset: str, split: str, sides: Iterable[str]
+) -> list[dict[str, Any]]:
+    """What plans of either kind are drawn from, as their makers' arguments: one dict a side, indexed once.
+
+    Sides without a class are left out with a warning.
+    """
     classes = {side: classes_of_side(dataset, split, side) for side in sides}
     for side, class_ids in classes.items():
         if not class_ids:
             logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
-    return {side: class_ids for side, class_ids in classes.items() if class_ids}
+    factory = build_factory(dataset, support_dataset)
+    shared = {
+        "query_index": factory.query_index,
+        "support_index": factory.support_index,
+        "dataset": dataset,
+        "support_dataset": support_dataset,
+        "split": split,
+    }
+    return [
+        {**shared, "side": side, "class_ids": class_ids}
+        for side, class_ids in classes.items()
+        if class_ids
+    ]
 
 
 def build_plans(
@@ -99,23 +117,10 @@ def build_plans(
     Args:
         dataset, support_dataset, split, sides, options: as of ``make_plan``.
     """
-    classes = testable_classes(dataset, split, sides)
-    factory = build_factory(dataset, support_dataset)
-    return [
-        make_plan(
-            factory.query_index,
-            factory.support_index,
-            dataset=dataset,
-            support_dataset=support_dataset,
-            split=split,
-            side=side,
-            class_ids=class_ids,
-            run=run,
-            **options,
-        )
-        for side, class_ids in classes.items()
-        for run in range(runs)
-    ]
+    sources = plan_sources(
+        dataset=dataset, support_dataset=support_dataset, split=split, sides=sides
+    )
+    return [make_plan(**source, run=run, **options) for source in sources for run in range(runs)]
 
 
 def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages | PoolEpisodes:
@@ -158,7 +163,13 @@ def build_pool_episodes(cfg: CfgNode) -> PoolEpisodes:
     node, seed = cfg.FEWSHOT.SELF_PACED, max(cfg.SEED, 0)
     rank_lists = RankLists.load(node.RANK_LISTS)
     labels = PseudoLabels.load(node.LABELS) if node.LABELS else None
-    pool = SamplePool(rank_lists, labels, num_positives=cfg.FEWSHOT.NUM_SHOTS, seed=seed)
+    pool = SamplePool(
+        rank_lists,
+        labels,
+        num_positives=cfg.FEWSHOT.NUM_SHOTS,
+        seed=seed,
+        max_shared=node.MAX_SHARED,
+    )
     mapper = build_mapper(cfg, is_train=True)
     if getattr(mapper, "with_masks", False):
         raise ValueError(
@@ -245,10 +256,23 @@ class EpisodicTrainLoader:
 class EpisodicTestLoader:
     """Batches of one planned query; episodes that cannot be read are logged and left out."""
 
-    def __init__(self, cfg: CfgNode, plan: EvaluationPlan, factory: EpisodeFactory):
-        """Check the plan against the indices of its data sets (``build_factory``) and open it."""
+    def __init__(
+        self,
+        cfg: CfgNode,
+        plan: EvaluationPlan,
+        factory: EpisodeFactory,
+        features: SupportFeatures | None = None,
+    ):
+        """Check the plan against the indices of its data sets (``build_factory``) and open it.
+
+        Args:
+            features: of all classes of a plan with fixed supports; queries come with these instead of the supports.
+        """
         plan.check(factory.query_index, factory.support_index, plan.dataset)
-        episodes = PlannedEpisodes(plan, factory, build_mapper(cfg, is_train=False))
+        mapper = build_mapper(cfg, is_train=False)
+        episodes = PlannedEpisodes(plan, factory, mapper, with_supports=features is None)
+        self.features = features
+        self._classes = {episode.id: episode.class_ids for episode in plan.episodes}
         self.loader = build_detection_test_loader(
             episodes, mapper=None, num_workers=cfg.DATALOADER.NUM_WORKERS
         )
@@ -263,4 +287,10 @@ class EpisodicTestLoader:
                 if "error" in query:
                     logger.error("Left out: %s", query["error"])
             if readable:
-                yield readable
+                yield [*map(self._with_features, readable)]
+
+    def _with_features(self, query: dict[str, Any]) -> dict[str, Any]:
+        if self.features is None:
+            return query
+        rows = [self.features.class_ids.index(c) for c in self._classes[query["episode_id"]]]
+        return {**query, "support_features": self.features[rows]}

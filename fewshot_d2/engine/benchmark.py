@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,17 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     Returns:
         ``{"dataset/side/5way-1shot": {metric: percent}}``, ``".../fine-tuned"`` beside it; empty off the main process,
         with which the others share the episodes.
+
+    Raises:
+        ValueError: the system cannot be fine-tuned and FEWSHOT.BENCHMARK.FINE_TUNE wants it, or a plan does not fit.
     """
     # Several processes wrap it; what is trained on an episode is the detector itself.
     model = getattr(model, "module", model)
     node, output = cfg.FEWSHOT.BENCHMARK, Path(cfg.OUTPUT_DIR)
+    if any(node.FINE_TUNE) and not hasattr(model, "episode_tuner"):
+        raise ValueError(
+            f"FEWSHOT.BENCHMARK.FINE_TUNE must be (False,) for {type(model).__name__}, got {node.FINE_TUNE}"
+        )
     mapper = build_mapper(cfg, is_train=False)
 
     @lru_cache(maxsize=1)
@@ -46,12 +53,11 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     with inference_context(model):
-        for plan in benchmark_plans(cfg):
+        for plan, plan_name in named_plans(benchmark_plans(cfg)):
             runner = runner_of(plan.dataset, plan.support_dataset)
             plan.check(runner.factory.query_index, runner.factory.support_index, plan.dataset)
             for is_tuned in node.FINE_TUNE:
-                name = f"{plan.dataset}/{plan.side}/{plan.ways}way-{plan.shots}shot"
-                name += "/fine-tuned" if is_tuned else ""
+                name = f"{plan_name}/fine-tuned" if is_tuned else plan_name
                 logger.info("%s, %d episodes, SHA-256 %s", name, len(plan.episodes), plan.sha256)
                 show = _painter(output / "pictures" / name, runner.factory, node.PICTURES)
                 outcome = runner.run(plan, FineTuning.from_cfg(cfg) if is_tuned else None, show)
@@ -88,13 +94,28 @@ def benchmark_plans(cfg: CfgNode) -> list[BenchmarkPlan]:
     return plans
 
 
+def named_plans(plans: Iterable[BenchmarkPlan]) -> list[tuple[BenchmarkPlan, str]]:
+    """Each plan and the name of its results.
+
+    Raises:
+        ValueError: two plans have one name; the numbers of one would replace those of the other.
+    """
+    named = [(p, f"{p.dataset}/{p.side}/{p.ways}way-{p.shots}shot") for p in plans]
+    names = [name for _, name in named]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"plans of one run must differ in data set, side, ways or shots, got {sorted(names)}"
+        )
+    return named
+
+
 def _diagram(results: Mapping[str, Mapping[str, float]]) -> bytes:
-    """AP against shots: a curve for each data set and side, without and with fine-tuning."""
+    """AP against shots: a curve for each data set, side and number of ways, without and with fine-tuning."""
     curves: dict[str, dict[int, tuple[float, float]]] = {}
     for name, metrics in results.items():
-        source, _, kind = name.partition("way-")
+        source, _, kind = name.rpartition("way-")
         shots, _, tuned = kind.partition("shot")
-        curve = curves.setdefault(f"{source.rpartition('/')[0]}{tuned}", {})
+        curve = curves.setdefault(f"{source}way{tuned}", {})
         curve[int(shots)] = metrics["AP"], metrics["AP_ci95"]
     return plot_by_shots(curves, "AP, all detections in one list (%)")
 

@@ -31,6 +31,13 @@ class FineTuning:
     weight_decay: float
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.base_lr <= 0:
+            raise ValueError(
+                "FEWSHOT.FINETUNE.EPOCHS must be at least 0 and BASE_LR above 0, got "
+                f"{self.epochs} and {self.base_lr}"
+            )
+
     @classmethod
     def from_cfg(cls, cfg: CfgNode) -> "FineTuning":
         """Read FEWSHOT.FINETUNE."""
@@ -56,6 +63,7 @@ def fine_tuned(
 
     Raises:
         ValueError: the detector is in training mode or cannot be fine-tuned.
+        FloatingPointError: the tuned weights are not finite; such a detector would find nothing, and say nothing.
     """
     if model.training or not hasattr(model, "episode_tuner"):
         raise ValueError(
@@ -105,4 +113,9 @@ def _tuned_features(
                 for parameter, gradient in zip([*weights, *classes], gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()
+    if not all(torch.isfinite(t).all() for t in [*weights, *classes]):
+        raise FloatingPointError(
+            f"fine-tuning on classes {features.class_ids} has diverged: FEWSHOT.FINETUNE.BASE_LR must be lower, "
+            f"got {tuning.base_lr}"
+        )
     return replace(features, tensors={name: t.detach() for name, t in episode.items()})

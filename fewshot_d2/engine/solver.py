@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 _OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
-BOTTOM_UP = "backbone.bottom_up."
+# Of the backbone, and of a box head that is the end of a trained classifier.
+BOTTOM_UP = "bottom_up."
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

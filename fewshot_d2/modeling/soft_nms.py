@@ -76,4 +76,6 @@ def _by_class(class_ids: Tensor) -> Tensor:
 
 def _box_iou_rows(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU of the c-th box (Tensor[C, 4]) with every box of the c-th row (Tensor[C, n, 4]): Tensor[C, n]."""
-    return torch.vmap(lambda box, row: box_iou(box[None], row)[0])(boxes, others)
+    overlaps = torch.vmap(lambda box, row: box_iou(box[None], row)[0])(boxes, others)
+    # 0 / 0 of two boxes without an area.
+    return overlaps.nan_to_num(nan=0.0)

@@ -5,9 +5,17 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
-from factories import random_query, random_support_set, tiny_model, tiny_repmet
+from factories import (
+    TINY_REPMET,
+    TINY_REPMET_OVERRIDES,
+    random_query,
+    random_support_set,
+    tiny_model,
+    tiny_repmet,
+)
 from torch.testing import assert_close
 
 from fewshot_d2 import Support, SupportFeatures, SupportSet, load_config
@@ -71,6 +79,21 @@ def test_gt_box_is_the_box():
     example = picture([1.0, 2, 10, 9])
     boxes, _, uncovered = chosen_rois(PROPOSALS, example, "gt_box", 0.7)
     assert boxes.tolist() == example.boxes.tolist() and uncovered == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("modes", "expected"), [(3, 3), (6, 5)])
+def test_covering_proposals_of_a_class_become_clusters_where_there_are_too_many(
+    rng, monkeypatch, modes, expected
+):
+    # Five proposals for one shot.
+    monkeypatch.setattr(
+        "fewshot_d2.systems.repmet.detector.chosen_rois",
+        lambda proposals, picture, rule, iou: (proposals[:5], picture.rows[[0] * 5], 0),
+    )
+    model = tiny_repmet("MODEL.REPMET.SUPPORT_MODES", modes)
+    features = model.encode_support([random_support_set(rng, ways=1)])
+    assert features.tensors["filled"].sum() == expected
 
 
 def test_uncovered_examples_are_told(rng, caplog):
@@ -191,6 +214,14 @@ def test_masks_of_novel_classes(rng):
     assert instances.pred_masks.shape == (7, 64, 64)
 
 
+def test_crops_as_supports_are_told(caplog):
+    with caplog.at_level(logging.WARNING):
+        tiny_repmet()
+        assert "SUPPORT.FORM" not in caplog.text
+        tiny_repmet("FEWSHOT.SUPPORT.FORM", "crop")
+    assert "FEWSHOT.SUPPORT.FORM should be 'image', is 'crop'" in caplog.text
+
+
 def test_other_heads_are_refused():
     with pytest.raises(ValueError, match="ROI_HEADS.NAME must be RepMetROIHeads"):
         tiny_repmet("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
@@ -204,12 +235,52 @@ def test_unknown_values_are_refused(key, value):
         tiny_repmet(f"MODEL.REPMET.{key}", value)
 
 
-def test_weights_of_a_stock_detector_fit(tmp_path):
-    names = set(tiny_repmet().state_dict())
-    cfg = load_config("", ["MODEL.DEVICE", "cpu"])
-    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    for part in ("roi_heads.box_head.fc1.weight", "roi_heads.box_predictor.bbox_pred.weight"):
-        assert part in names
+def test_weights_of_a_stock_detector_fit():
+    own = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
+    stock = build_model(load_config(str(TINY_REPMET), [*TINY_REPMET_OVERRIDES, *own])).state_dict()
+    model = tiny_repmet(seed=1)
+    missing, unexpected = model.load_state_dict(stock, strict=False)
+    new = ("embedding.weight", "embedding.bias", "representatives")
+    assert not unexpected
+    assert set(missing) == {f"roi_heads.box_predictor.{name}" for name in new}
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.items())
+
+
+def test_training_on_episodes_is_refused(rng):
+    query = random_query(rng, random_support_set(rng))
+    with pytest.raises(ValueError, match="TRAIN_ON 'base_images', got queries with supports"):
+        tiny_repmet().train()([query])
+
+
+@torch.no_grad()
+def test_queries_with_and_without_supports_do_not_mix(model, rng):
+    support = random_support_set(rng)
+    queries = [random_query(rng, support) for _ in range(2)]
+    del queries[0]["support"]
+    for mixed in (queries, queries[::-1]):
+        with pytest.raises(ValueError, match="every query must have 'support'"):
+            model(mixed)
+
+
+@torch.no_grad()
+def test_trained_classes_do_not_compete_with_themselves(rng):
+    plain, rivals = tiny_repmet(), tiny_repmet("MODEL.REPMET.KEEP_BASE", True)
+    query = random_query(rng, random_support_set(rng, ways=1))
+    novel = rivals.encode_support([query["support"]])
+    together = SupportFeatures.cat([novel, rivals.trained_features()])
+    without_support = {k: v for k, v in query.items() if k != "support"}
+    for searched in (without_support, {**query, "support_features": together}):
+        expected, found = (m([searched])[0]["instances"] for m in (plain, rivals))
+        assert len(found)
+        assert torch.equal(found.scores, expected.scores)
+    # One of two is searched, the other one is a rival.
+    (described,) = plain.describe_queries([query])
+    trained = plain.trained_features()
+    both, one = plain.search(described, trained), rivals.search(described, trained[[1]])
+    scores = both.scores[both.pred_classes == 1]
+    assert len(one) == len(scores)
+    assert_close(one.scores, scores)
 
 
 def test_contrast_features_are_one_embedding_a_crop(model, rng):
@@ -223,6 +294,8 @@ def test_external_baseline_trains_its_embedding_alone(rng):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"roi_heads.box_predictor.embedding.{end}" for end in ("weight", "bias")}
     queries = [random_query(rng, random_support_set(rng, ways=2)) for _ in range(2)]
+    for query in queries:
+        del query["support"]
     with EventStorage():
         losses = model(queries)
     assert losses["loss_triplet"] > 0

@@ -1,4 +1,4 @@
-"""RepMet's predictor: losses against loops, worked numbers of the spec, stock pipelines by keys alone."""
+"""RepMet's predictor: classes that are exchanged, stock pipelines by keys alone."""
 
 import math
 
@@ -12,177 +12,12 @@ from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from factories import random_query, random_support_set
+from factories import ROOT, random_query, random_support_set
+from repmet_cases import CHANNELS, DIM, NUM_CLASSES, predictor
 from torch.testing import assert_close
 
-from fewshot_d2 import add_fewshot_config
-from fewshot_d2.modeling.losses import hardest_rois
-from fewshot_d2.systems.repmet import LinearOutputLayers, NormedFCHead, RepMetOutputLayers
-
-NUM_CLASSES, CHANNELS, DIM, MODES = 3, 10, 4, 2
-
-
-def predictor(**changes):
-    torch.manual_seed(0)
-    values = {
-        "box2box_transform": Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0)),
-        "num_classes": NUM_CLASSES,
-        "cls_agnostic_bbox_reg": True,
-        "smooth_l1_beta": 1.0,
-        "test_topk_per_image": -1,
-        "hard_rois": 4,
-        "soft_nms_sigma": 0.0,
-        "embedding_dim": DIM,
-        "num_modes": MODES,
-        "sigma": 0.5,
-        "score_scale": 15.0,
-        "class_loss": "softmax",
-        "score": "softmax",
-        "margin": 0.5,
-        "margin_on": "squared_distance",
-        "margin_weight": 1.0,
-        "auxiliary_weight": 1.0,
-        "support_modes": 5,
-        "keep_base": False,
-        **changes,
-    }
-    layers = RepMetOutputLayers(ShapeSpec(channels=CHANNELS), **values)
-    for parameter in (layers.embedding.weight, layers.bbox_pred.weight):
-        torch.nn.init.normal_(parameter)
-    return layers
-
-
-def labelled(labels, generator, *, with_truth=True):
-    proposals = Instances((50, 50))
-    corners = torch.rand(len(labels), 2, generator=generator) * 20
-    proposals.proposal_boxes = Boxes(torch.cat([corners, corners + 15], dim=1))
-    if with_truth:
-        proposals.gt_boxes = Boxes(torch.cat([corners + 2, corners + 14], dim=1))
-    proposals.gt_classes = torch.tensor(labels)
-    return proposals
-
-
-def smooth_l1(x):
-    return 0.5 * x * x if abs(x) < 1 else abs(x) - 0.5
-
-
-def losses_by_loops(layers, x, proposals, keep):
-    """Spec 1.3-1.5 one ROI after another."""
-    embeddings = F.normalize(layers.embedding(x), dim=1)
-    modes = F.normalize(layers.representatives, dim=2)
-    auxiliary, deltas = layers.cls_score(x), layers.bbox_pred(x)
-    totals = {"cls": 0.0, "box_reg": 0.0, "margin": 0.0, "auxiliary": 0.0}
-    start = 0
-    for image in proposals:
-        rows = []
-        for i in range(len(image)):
-            label, e = image.gt_classes[i].item(), embeddings[start + i]
-            d = [min(((e - m) ** 2).sum().item() for m in modes[c]) for c in range(NUM_CLASSES)]
-            q = [math.exp(-v / (2 * 0.5**2)) + 1e-7 for v in d]
-            q.append(1 + 1e-7 - max(q))
-            exps = [math.exp(15 * v) for v in q]
-            ce = -math.log(exps[label] / sum(exps))
-            box = margin = 0.0
-            if label < NUM_CLASSES:
-                wanted = layers.box2box_transform.get_deltas(
-                    image.proposal_boxes.tensor[i : i + 1], image.gt_boxes.tensor[i : i + 1]
-                )[0]
-                box = sum(
-                    smooth_l1((a - b).item())
-                    for a, b in zip(deltas[start + i], wanted, strict=True)
-                )
-                wrong = min(v for c, v in enumerate(d) if c != label)
-                margin = max(d[label] - wrong + 0.5, 0.0)
-            linear = F.cross_entropy(auxiliary[start + i], image.gt_classes[i]).item()
-            rows.append((ce, box, margin, linear))
-        kept = sorted(rows, key=lambda r: -(r[0] + r[1]))[:keep]
-        totals["cls"] += sum(r[0] for r in kept) / len(kept)
-        totals["auxiliary"] += sum(r[3] for r in kept) / len(kept)
-        totals["box_reg"] += sum(r[1] for r in kept) / keep
-        totals["margin"] += sum(r[2] for r in kept) / keep
-        start += len(image)
-    return {f"loss_{name}": total / len(proposals) for name, total in totals.items()}
-
-
-@pytest.mark.parametrize("keep", [2, 4, 100])
-def test_losses_equal_loops(rng, keep):
-    layers = predictor(hard_rois=keep)
-    proposals = [
-        labelled([0, 1, 2, 3, 3, 3], rng),
-        labelled([3, 3, 3], rng, with_truth=False),
-        labelled([2, 3, 0], rng),
-    ]
-    x = torch.randn(12, CHANNELS, generator=rng)
-    actual = layers.losses(layers(x), proposals)
-    expected = losses_by_loops(layers, x, proposals, keep)
-    assert set(actual) == set(expected)
-    for name, value in expected.items():
-        assert_close(actual[name].item(), value, atol=1e-5, rtol=1e-4)
-
-
-def test_loss_weights_multiply(rng):
-    x, proposals = torch.randn(3, CHANNELS, generator=rng), [labelled([0, 2, 3], rng)]
-    plain = predictor().losses(predictor()(x), proposals)
-    weighted = predictor(
-        margin_weight=0.0,
-        auxiliary_weight=2.0,
-        loss_weight={"loss_cls": 3.0, "loss_box_reg": 0.5},
-    )
-    for name, factor in (("cls", 3), ("margin", 0), ("auxiliary", 2), ("box_reg", 0.5)):
-        name = f"loss_{name}"
-        assert_close(weighted.losses(weighted(x), proposals)[name], factor * plain[name])
-
-
-def test_worked_numbers_of_the_spec():
-    layers = predictor(num_classes=2)
-    layers.embedding = torch.nn.Identity()
-    layers.representatives = torch.nn.Parameter(
-        torch.tensor(
-            [[[2.0, 0, 0, 0], [0, 3.0, 0, 0]], [[0, 0, 1.0, 0], [0, 0, 1.0, 2.0]]],
-        )
-    )
-    x = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.3, 0.1, 0], [0, 0, 1, 1], [-1, 0, 0, 0.2]])
-    x = F.pad(x, (0, CHANNELS - 4))
-    layers.representatives = torch.nn.Parameter(F.pad(layers.representatives, (0, CHANNELS - 4)))
-    scores, _ = layers(x)
-    labels = torch.tensor([0, 0, 1, 2])
-    assert_close(layers.class_losses(scores, labels).mean().item(), 5.7813e-5, atol=1e-8, rtol=1e-3)
-    raw = predictor(score="posterior", num_classes=2).probabilities(scores)
-    expected = [
-        [1.0, 0.018316, 0],
-        [0.797579, 0.027857, 0.202421],
-        [0.018316, 0.814430, 0.185570],
-        [0.018316, 0.036944, 0.963056],
-    ]
-    assert_close(raw, torch.tensor(expected), atol=2e-6, rtol=0)
-    literal = predictor(class_loss="literal", num_classes=2).class_losses(scores, labels)
-    assert_close(
-        literal[1:].exp().reciprocal(),
-        torch.tensor([0.797579, 0.81443, 0.963056]),
-        atol=2e-6,
-        rtol=0,
-    )
-
-
-def test_margin_on_distances(rng):
-    x, proposals = torch.randn(1, CHANNELS, generator=rng), [labelled([1], rng)]
-    layers = predictor(margin_on="distance", hard_rois=1)
-    distances = layers(x)[0].distances.sqrt().amin(dim=2)[0]
-    wrong = torch.minimum(distances[0], distances[2])
-    expected = F.relu(distances[1] - wrong + 0.5)
-    assert_close(layers.losses(layers(x), proposals)["loss_margin"], expected)
-
-
-@pytest.mark.parametrize("keep", [1, 3, 10])
-def test_hardest_rois_equal_sorting(rng, keep):
-    losses, counts = torch.rand(12, generator=rng), [5, 0, 4, 3]
-    kept = hardest_rois(losses, counts, keep)
-    start = 0
-    for count in counts:
-        part = losses[start : start + count]
-        expected = set(part.argsort(descending=True)[:keep].tolist())
-        assert set(kept[start : start + count].nonzero()[:, 0].tolist()) == expected
-        start += count
+from fewshot_d2 import add_fewshot_config, load_config
+from fewshot_d2.systems.repmet import LinearOutputLayers, NormedFCHead
 
 
 def test_episode_replaces_classes_and_ignores_empty_modes(rng):
@@ -237,6 +72,13 @@ def test_each_roi_is_a_mode_until_there_are_too_many(rng):
         assert_close(centres[k], unit[2:][nearest == k].mean(dim=0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("shots", "expected"), [(1, 2), (3, 6), (4, 7)])
+def test_more_shots_allow_more_modes(rng, shots, expected):
+    layers = predictor(support_modes=2)
+    tensors = layers.episode_tensors([torch.randn(7, CHANNELS, generator=rng)], [shots])
+    assert tensors["filled"].sum() == expected
+
+
 def test_representatives_lie_around_their_class_in_the_same_way():
     layers = predictor(num_classes=40, num_modes=5, embedding_dim=64)
     offsets = layers.representatives - layers.representatives.mean(dim=1, keepdim=True)
@@ -247,7 +89,10 @@ def test_representatives_lie_around_their_class_in_the_same_way():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("class_loss", "sigmoid"), ("score", "p"), ("margin_on", "cosine"), ("hard_rois", 0)],
+    [
+        *(("class_loss", "sigmoid"), ("score", "p"), ("margin_on", "cosine"), ("hard_rois", 0)),
+        *(("sigma", 0.0), ("num_modes", 0), ("embedding_dim", -1)),
+    ],
 )
 def test_unknown_values_are_refused(key, value):
     with pytest.raises(ValueError, match=key.upper()):
@@ -277,8 +122,8 @@ def test_soft_nms_lowers_scores_of_overlapping_boxes():
     proposals.proposal_boxes = Boxes(boxes)
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
 
-    def detect(sigma):
-        layers = predictor(soft_nms_sigma=sigma, test_nms_thresh=0.9, num_classes=1)
+    def detect(sigma, **changes):
+        layers = predictor(soft_nms_sigma=sigma, test_nms_thresh=0.9, num_classes=1, **changes)
         layers.predict_probs = lambda predictions, proposals: (scores,)
         return layers.inference((None, torch.zeros(3, 4)), [proposals])
 
@@ -289,6 +134,43 @@ def test_soft_nms_lowers_scores_of_overlapping_boxes():
     expected = [0.9, 0.7, 0.8 * math.exp(-(overlap**2) / 0.6)]
     assert_close(soft.scores, torch.tensor(expected))
     assert rois.tolist() == [0, 2, 1]
+    # The limit holds for what is left, the threshold for what comes in.
+    (two,), (rois,) = detect(0.6, test_topk_per_image=2)
+    assert torch.equal(two.scores, soft.scores[:2]) and rois.tolist() == [0, 2]
+    (sure,), (rois,) = detect(0.6, test_score_thresh=0.75)
+    assert torch.equal(sure.scores, soft.scores[[0, 2]]) and rois.tolist() == [0, 1]
+
+
+# Spec 7, by row.
+PRESETS = {
+    "RepMet": {
+        **{"REPMET.CLASS_LOSS": "softmax", "REPMET.MARGIN_ON": "squared_distance"},
+        **{
+            "REPMET.MARGIN": 0.5,
+            "REPMET.HARD_ROIS": 512,
+            "ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+        },
+        **{"REPMET.LOSS_WEIGHTS": (1.0, 1.0, 1.0), "REPMET.KMEANS": "none"},
+        **{"REPMET.SUPPORT_ROIS": "best_iou", "REPMET.SOFT_NMS_SIGMA": 0.0, "REPMET.SIGMA": 0.5},
+        **{"ROI_HEADS.NMS_THRESH_TEST": 0.3, "RPN.POST_NMS_TOPK_TEST": 2000},
+        **{"ROI_HEADS.SCORE_THRESH_TEST": 0.0, "REPMET.NUM_MODES": 5, "REPMET.EMBEDDING_DIM": 256},
+    },
+    "code": {"REPMET.KMEANS": "every_epoch"},
+    "paper": {
+        **{"REPMET.CLASS_LOSS": "literal", "REPMET.MARGIN_ON": "distance"},
+        **{"ROI_BOX_HEAD.NAME": "NormedFCHead", "REPMET.LOSS_WEIGHTS": (1.0, 1.0, 0.0)},
+        **{"REPMET.SUPPORT_ROIS": "all_iou", "REPMET.SOFT_NMS_SIGMA": 0.6},
+        **{"REPMET.SCORE": "posterior"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_those_of_the_spec(name):
+    cfg = load_config(str(ROOT / f"configs/repmet/Base-{name}.yaml")).MODEL
+    for key, value in {**PRESETS["RepMet"], **PRESETS[name]}.items():
+        node, leaf = key.split(".")
+        assert cfg[node][leaf] == value, key
 
 
 STOCK = {
@@ -297,9 +179,7 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("meta_architecture", ["GeneralizedRCNN", "RepMet"])
-@pytest.mark.parametrize(("file", "heads"), STOCK.items())
-def test_stock_configs_become_repmet_by_keys(file, heads, meta_architecture, rng):
+def stock_model(file, heads, meta_architecture):
     cfg = get_cfg()
     add_fewshot_config(cfg)
     cfg.merge_from_file(model_zoo.get_config_file(file))
@@ -309,14 +189,39 @@ def test_stock_configs_become_repmet_by_keys(file, heads, meta_architecture, rng
             *("MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
             *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 10, "MODEL.RPN.POST_NMS_TOPK_TEST", 10),
             *("INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 64),
+            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
         ]
     )
     torch.manual_seed(0)
-    model = build_model(cfg).train()
+    return build_model(cfg)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("file", "heads"), STOCK.items())
+def test_without_supports_it_is_the_stock_pipeline(file, heads, rng):
+    query = random_query(rng, random_support_set(rng, ways=2))
+    del query["support"]
+    stock, own = (stock_model(file, heads, m).eval() for m in ("GeneralizedRCNN", "RepMet"))
+    # Boxes stay where proposals are, and inside.
+    torch.nn.init.zeros_(stock.roi_heads.box_predictor.bbox_pred.weight)
+    torch.nn.init.normal_(stock.roi_heads.box_predictor.embedding.weight)
+    own.load_state_dict(stock.state_dict())
+    expected, found = (model([query])[0]["instances"] for model in (stock, own))
+    assert len(expected)
+    assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    for name in set(expected.get_fields()) - {"pred_boxes"}:
+        assert_close(found.get(name), expected.get(name))
+
+
+@pytest.mark.parametrize("meta_architecture", ["GeneralizedRCNN", "RepMet"])
+@pytest.mark.parametrize(("file", "heads"), STOCK.items())
+def test_stock_configs_become_repmet_by_keys(file, heads, meta_architecture, rng):
+    model = stock_model(file, heads, meta_architecture).train()
     support = random_support_set(rng, ways=2)
     query = random_query(rng, support)
     if heads == "RepMetRes5ROIHeads":
         query["instances"].remove("gt_masks")
+    del query["support"]
     with EventStorage():
         losses = model([query])
     sum(losses.values()).backward()
@@ -325,8 +230,10 @@ def test_stock_configs_become_repmet_by_keys(file, heads, meta_architecture, rng
     assert model.roi_heads.box_predictor.representatives.grad.abs().sum() > 0
     with torch.no_grad():
         instances = model.eval()([query])[0]["instances"]
-    assert set(instances.pred_classes.tolist()) <= {0, 1}
-    assert instances.has("pred_masks") == cfg.MODEL.MASK_ON
+        assert set(instances.pred_classes.tolist()) <= {0, 1}
+        if meta_architecture == "RepMet":
+            instances = model([{**query, "support": support}])[0]["instances"]
+    assert instances.has("pred_masks") == ("mask_rcnn" in file)
 
 
 def test_head_with_batch_norm_keeps_the_names_of_a_plain_one(rng):

@@ -85,6 +85,37 @@ def test_centres_are_the_means_of_what_covers_each_class(folder, tmp_path):
     assert refreshed, "the comparison needs a class with enough proposals"
 
 
+@pytest.mark.parametrize("wanted", [1, 3, 10**6])
+def test_reads_images_until_every_class_has_enough_objects(
+    rng, folder, tmp_path, monkeypatch, wanted
+):
+    hook, seen = refreshing(trainer_of(folder, tmp_path)), []
+    monkeypatch.setattr("fewshot_d2.systems.repmet.refresh._OBJECTS_A_CLASS", wanted)
+
+    def objects_of_all_classes(query):
+        seen.append(query["episode_id"])
+        return [(label, torch.rand(1, 6, generator=rng)) for label in (0, 1, 2, 3, 3)]
+
+    hook._embeddings_on_objects = objects_of_all_classes
+    hook.refresh(2)
+    epoch = [n for n in range(2, 30) if hook.images.epoch_of(n) == hook.images.epoch_of(2)]
+    assert seen == epoch[:wanted] and len(epoch) > 3
+
+
+def test_all_processes_take_the_centres_of_the_first(folder, tmp_path, monkeypatch):
+    hook = refreshing(trainer_of(folder, tmp_path))
+    modes = hook.model.predictor.representatives
+
+    def broadcast(tensor, src):
+        assert src == 0 and tensor.shape == modes.shape
+        tensor.fill_(7)
+
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.broadcast", broadcast)
+    hook.refresh(0)
+    assert (modes == 7).all()
+
+
 def test_resumed_run_ends_as_an_uninterrupted_one(folder, tmp_path):
     whole = trainer_of(folder, tmp_path / "whole")
     whole.train()

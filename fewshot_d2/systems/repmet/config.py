@@ -25,6 +25,9 @@ def add_config(cfg: CfgNode) -> None:
     node.MARGIN_ON = "squared_distance"
     # Weights of the class, margin and auxiliary linear classification loss; the paper has no third.
     node.LOSS_WEIGHTS = (1.0, 1.0, 1.0)
+    # "all", or "predictor": embedding, representatives, classifier and boxes on a trained detector (MODEL.WEIGHTS), of
+    # which everything else stays as it is.
+    node.TRAINED = "all"
     # ROIs an image that the losses of the head see, the hardest ones by class and box loss.
     node.HARD_ROIS = 512
     # Clusters of embeddings replace the representatives: "none", "first_epoch" (before it) or "every_epoch".

@@ -25,6 +25,8 @@ from .tuning import EpisodeTuner, tuned_modules
 
 logger = logging.getLogger(__name__)
 
+TRAINED = ("all", "predictor")
+
 
 @dataclass
 class DescribedQuery:
@@ -57,6 +59,7 @@ class RepMet(FewShotDetector):
         support_rois: str,
         support_iou: float,
         kmeans: str,
+        trained: str,
         **kwargs: Any,
     ):
         """Add to the shell the heads and how a support image is read.
@@ -64,20 +67,22 @@ class RepMet(FewShotDetector):
         Args:
             roi_heads: with ``pool``, ``describe`` and a ``box_predictor`` that takes episodes.
             resize: of support images, as that of test queries.
-            support_rois, support_iou, kmeans: see MODEL.REPMET in ``config``.
+            support_rois, support_iou, kmeans, trained: see MODEL.REPMET in ``config``.
         """
         super().__init__(**kwargs)
         self.proposal_generator, self.roi_heads, self.resize = proposal_generator, roi_heads, resize
         for key, value, allowed in (
             ("SUPPORT_ROIS", support_rois, SUPPORT_ROIS),
             ("KMEANS", kmeans, RULES),
+            ("TRAINED", trained, TRAINED),
         ):
             if value not in allowed:
                 raise ValueError(f"REPMET.{key} must be one of {allowed}, got {value!r}")
         self.support_rois, self.support_iou, self.kmeans = support_rois, support_iou, kmeans
-        if self.predictor.trains_embedding_only:
+        if trained == "predictor" or self.predictor.trains_embedding_only:
             self.requires_grad_(False)
-            self.predictor.embedding.requires_grad_()
+            embedding_only = self.predictor.trains_embedding_only
+            (self.predictor.embedding if embedding_only else self.predictor).requires_grad_()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -85,6 +90,11 @@ class RepMet(FewShotDetector):
         parts = super().from_config(cfg)
         shapes = parts["backbone"].output_shape()
         heads = build_roi_heads(cfg, shapes)
+        if cfg.FEWSHOT.SUPPORT.FORM != "image":
+            logger.warning(
+                "RepMet takes supports out of whole pictures: FEWSHOT.SUPPORT.FORM should be 'image', is %r",
+                cfg.FEWSHOT.SUPPORT.FORM,
+            )
         if not isinstance(getattr(heads, "box_predictor", None), EpisodicOutputLayers):
             raise ValueError(
                 "MODEL.ROI_HEADS.NAME must be RepMetROIHeads or RepMetRes5ROIHeads for RepMet, got "
@@ -98,6 +108,7 @@ class RepMet(FewShotDetector):
             "support_rois": cfg.MODEL.REPMET.SUPPORT_ROIS,
             "support_iou": cfg.MODEL.REPMET.SUPPORT_IOU,
             "kmeans": cfg.MODEL.REPMET.KMEANS,
+            "trained": cfg.MODEL.REPMET.TRAINED,
         }
 
     @property
@@ -109,9 +120,17 @@ class RepMet(FewShotDetector):
         """Losses of the base classes in training, ``[{"instances": Instances}]`` in inference; see ``structures``.
 
         In inference queries with neither ``support`` nor ``support_features`` are searched for the trained classes.
+
+        Raises:
+            ValueError: training queries with supports, whose labels are an episode's and not the base classes', or
+                queries of which only some have supports.
         """
         if not self.training:
             return self.inference(batched_inputs)
+        if any("support" in x for x in batched_inputs):
+            raise ValueError(
+                "RepMet must be trained with FEWSHOT.TRAIN_ON 'base_images', got queries with supports"
+            )
         images = self.preprocess(batched_inputs)
         maps = self.backbone(images.tensor)
         targets = [x["instances"].to(self.device) for x in batched_inputs]
@@ -122,7 +141,7 @@ class RepMet(FewShotDetector):
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict]:
         """Describe each query once, then search all its classes together."""
         queries = self.describe_queries(batched_inputs)
-        if batched_inputs[0].keys().isdisjoint({"support", "support_features"}):
+        if all(x.keys().isdisjoint({"support", "support_features"}) for x in batched_inputs):
             trained = self.trained_features()
             return [{"instances": self.search(query, trained)} for query in queries]
         support, pairs = self.gather_supports(batched_inputs)
@@ -206,8 +225,9 @@ class RepMet(FewShotDetector):
 
     def tunes_description(self, layers: str) -> bool:
         """Whether fine-tuning ``layers`` changes what ``describe_queries`` gives."""
-        head = set(self.roi_heads.description_layers.modules())
-        return layers == "all" or not head.isdisjoint(tuned_modules(self, layers))
+        head = {p for p in self.roi_heads.description_layers.parameters() if p.requires_grad}
+        tuned = {p for module in tuned_modules(self, layers) for p in module.parameters()}
+        return layers == "all" or not head.isdisjoint(tuned)
 
     def training_hooks(self, episodes: Any, batch_size: int) -> list[HookBase]:
         """K-means of the representatives, by key."""

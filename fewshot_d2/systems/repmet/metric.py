@@ -75,6 +75,11 @@ class RepMetOutputLayers(EpisodicOutputLayers):
         ):
             if value not in allowed:
                 raise ValueError(f"REPMET.{key} must be one of {allowed}, got {value!r}")
+        if sigma <= 0 or num_modes < 1 or embedding_dim < 0:
+            raise ValueError(
+                "REPMET.SIGMA must be above 0, NUM_MODES at least 1 and EMBEDDING_DIM at least 0, got "
+                f"{sigma}, {num_modes} and {embedding_dim}"
+            )
         self.sigma, self.score_scale, self.margin = sigma, score_scale, margin
         self.class_loss, self.score, self.margin_on = class_loss, score, margin_on
         self.margin_weight, self.auxiliary_weight = margin_weight, auxiliary_weight
@@ -121,7 +126,7 @@ class RepMetOutputLayers(EpisodicOutputLayers):
             distances = squared_distances(embeddings, self.representatives)
             scores = MetricScores(embeddings, distances, self.cls_score(x), self.num_classes)
             return scores, deltas
-        rivals = [episode, self.trained_tensors()] if self.keep_base else [episode]
+        rivals = [episode, self._rivals(episode)] if self.keep_base else [episode]
         modes, filled = (
             cat_padded([e[name] for e in rivals]) for name in ("representatives", "filled")
         )
@@ -146,12 +151,10 @@ class RepMetOutputLayers(EpisodicOutputLayers):
         distances = scores.distances
         if self.margin_on == "distance":
             distances = distances.clamp(min=1e-12).sqrt()
-        # Background has no mode of its own; its weight is zero.
-        own = labels.clamp(max=distances.shape[1] - 1)
-        losses = {
-            "loss_margin": (margin_losses(distances, own, self.margin) * foreground).sum()
-            * self.margin_weight
-        }
+        # Background has no mode to be near to, and a class without modes is infinitely far: no weight undoes that.
+        on_object = foreground > 0
+        margins = margin_losses(distances[on_object], labels[on_object], self.margin)
+        losses = {"loss_margin": (margins * foreground[on_object]).sum() * self.margin_weight}
         if scores.auxiliary is not None:
             auxiliary = F.cross_entropy(scores.auxiliary, labels, reduction="none")
             losses["loss_auxiliary"] = (auxiliary * weights).sum() * self.auxiliary_weight
@@ -170,6 +173,16 @@ class RepMetOutputLayers(EpisodicOutputLayers):
             self.representatives.shape[:2], dtype=torch.bool, device=self.representatives.device
         )
         return {"representatives": self.representatives, "filled": filled}
+
+    def _rivals(self, episode: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The trained classes but those that the episode searches itself: none may compete with itself."""
+        trained = self.trained_tensors()
+        modes, searched = trained["representatives"], episode["representatives"]
+        is_free = torch.ones(len(modes), dtype=torch.bool, device=modes.device)
+        if searched.shape[1] >= modes.shape[1]:
+            same = searched[:, None, : modes.shape[1]] == modes
+            is_free = ~same.flatten(start_dim=2).all(dim=2).any(dim=0)
+        return {name: tensor[is_free] for name, tensor in trained.items()}
 
     def episode_tensors(self, rois: list[Tensor], num_shots: list[int]) -> dict[str, Tensor]:
         """Every ROI is a mode of its class; where there are too many, their clusters are (spec 2.1).

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.structures import pairwise_iou
+from detectron2.utils import comm
 from torch import Tensor
 
 from .metric import cluster
@@ -65,6 +67,9 @@ class RefreshRepresentatives(HookBase):
         for label, parts in enumerate(gathered):
             if sum(len(part) for part in parts) >= modes.shape[1]:
                 modes[label] = cluster(torch.cat(parts), modes.shape[1])
+        if comm.get_world_size() > 1:
+            # Replicas must stay one model, and clusters may differ much where embeddings differ in their last bit.
+            dist.broadcast(modes.data, src=0)
 
     def _embeddings_on_objects(self, query: dict[str, Any]) -> list[tuple[int, Tensor]]:
         """(label, Tensor[R, D]) of every object that proposals cover."""
