@@ -18,13 +18,13 @@ REQUIREMENTS = [
     "matplotlib>=3.5",
     "tensorboard>=2.9",
     "scikit-learn>=1.2",
+    "scipy>=1.9",
 ]
 EXTRAS = {
     "test": [
         "pytest>=7",
         "pytest-xdist>=3",
         "ruff>=0.6",
-        "scipy>=1.9",
         "pytorch-metric-learning>=2.5",
         "scikit-image>=0.19",
         "faiss-cpu>=1.8",

@@ -13,6 +13,7 @@ from .transforms import RESIZE_RULES
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
+REGION_SOURCES = ("salient", "proposals")
 TRAINED_ON = ("episodes", "base_images", "rank_lists")
 
 
@@ -23,6 +24,7 @@ def add_fewshot_config(cfg: CN) -> None:
     cfg.FEWSHOT = CN()
     _add_episodes(cfg.FEWSHOT)
     _add_self_paced(cfg.FEWSHOT)
+    _add_retrieval(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
@@ -62,6 +64,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.TEST.SIDES", test.SIDES, ("novel", "base", "all")),
         ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
         ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
+        ("FEWSHOT.RETRIEVAL.REGIONS", (cfg.FEWSHOT.RETRIEVAL.REGIONS,), REGION_SOURCES),
         ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), TRAINED_ON),
         ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
         ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), RESIZE_RULES),
@@ -135,8 +138,36 @@ def _add_self_paced(node: CN) -> None:
     # Iterations and steps of the learning rate in stages 1, 2, ...
     node.SELF_PACED.MAX_ITER = 10000
     node.SELF_PACED.STEPS = (7000,)
+    # Images that the lists of two queries may share, of the shorter one, if they are to be each other's negatives: finds
+    # queries of one instance where labels do not tell them. 1 where they do.
+    node.SELF_PACED.MAX_SHARED = 0.05
     # Boxes an image that are kept: 1 (instance search), or more where a class may occur several times.
     node.SELF_PACED.BOXES_PER_IMAGE = 1
+
+
+def _add_retrieval(node: CN) -> None:
+    # Instance search (SPIL spec B5, after DASR, whose constants are not published): tools/make_rank_lists.py.
+    node.RETRIEVAL = CN()
+    # "salient": what the backbone responds to, without classes; "proposals": of the RPN of a GeneralizedRCNN.
+    node.RETRIEVAL.REGIONS = "salient"
+    # Proposals or seeds of an image, at most, and the IoU with a better region that drops one. The whole image always
+    # is a region.
+    node.RETRIEVAL.NUM_REGIONS = 8
+    node.RETRIEVAL.NMS_IOU = 0.5
+    # Salient: seeds are peaks of the map LAST, whose excitation goes back to the map FINE. There a region is what
+    # has at least a THRESHOLD of the maximum, after smoothing (sigma in cells).
+    node.RETRIEVAL.LAST = "res5"
+    node.RETRIEVAL.FINE = "res2"
+    node.RETRIEVAL.THRESHOLDS = (0.2,)
+    node.RETRIEVAL.SMOOTHING = 1.0
+    # Maps whose mean over a region describes it; of several, the cosines are averaged.
+    node.RETRIEVAL.LAYERS = ("res4",)
+    # Images in a rank list (paper: 128).
+    node.RETRIEVAL.DEPTH = 128
+    # "exact", or a factory string of faiss ("Flat", "IVF4096,PQ64"; extra "faiss"), whose inverted files look into
+    # so many cells.
+    node.RETRIEVAL.INDEX = "exact"
+    node.RETRIEVAL.NUM_PROBES = 16
 
 
 def _add_support(node: CN) -> None:
@@ -245,6 +276,8 @@ def _add_backbones(cfg: CN) -> None:
     cfg.MODEL.TORCHVISION.TF_PADDING = False
     # Maps of build_torchvision_backbone, which has no FPN. BACKBONE.FREEZE_AT counts as in detectron2.
     cfg.MODEL.TORCHVISION.OUT_FEATURES = ("res4",)
+    # Memory layout of weights and maps; on a CPU about twice as fast.
+    cfg.MODEL.TORCHVISION.CHANNELS_LAST = False
 
     cfg.MODEL.TIMM = CN()
     # Any timm model that has features_only; needs the extra "timm".
@@ -287,9 +320,9 @@ def _add_classification(cfg: CN) -> None:
 def _add_solver(cfg: CN) -> None:
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Learning rate of backbone.bottom_up relative to BASE_LR.
+    # Learning rate of backbone.bottom_up, and of the layers of TorchvisionHead, relative to BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    # Iterations in which backbone.bottom_up keeps its weights (paper 5.1: 1000).
+    # Iterations in which they keep their weights (paper 5.1: 1000).
     cfg.SOLVER.HEADS_ONLY_ITERS = 0
     # Clip the L2 norm over all gradients together; 0 = off. The original: 5.
     cfg.SOLVER.CLIP_GLOBAL_NORM = 0.0

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from fewshot_d2.evaluation.instance_search import (
     candidate_ious,
     mean_average_precision,
     mean_iou,
+    metrics_by_query,
+    paired_difference,
     recall_iou_curve,
     summary,
 )
@@ -160,6 +163,27 @@ def test_summary_by_hand(worked):
     assert (cut["mIoU"], cut["num_queries_found"]) == (100, 1)
     assert math.isnan(cut["mIoU_ci95"])
     assert cut["mAP"] == pytest.approx(100 / 8) and cut["mAP_listable"] == pytest.approx(50)
+
+
+def test_paired_difference_is_that_of_the_queries(worked):
+    rng = np.random.default_rng(3)
+    queries, others = (
+        [replace(random_query(rng, int(n)), query_id=i) for i, n in enumerate(sizes)]
+        for sizes in rng.integers(1, 12, (2, 9))
+    )
+    found = paired_difference(queries, others, depth=4)
+    one, other = metrics_by_query(queries, 4), metrics_by_query(others, 4)
+    for name in one:
+        pairs = [(a, b) for a, b in zip(one[name], other[name]) if not math.isnan(a + b)]
+        values = [100 * (a - b) for a, b in pairs]
+        deviation = np.std(values, ddof=1)
+        assert found[name] == pytest.approx(mean_of(values))
+        assert found[f"{name}_ci95"] == pytest.approx(1.96 * deviation / math.sqrt(len(values)))
+    back = paired_difference(others, queries, depth=4)
+    assert all(back[name] == pytest.approx(-found[name]) for name in one)
+    assert set(paired_difference(worked, worked).values()) == {0}
+    with pytest.raises(ValueError, match=r"must be the same in the same order, got \[1, 2\] and"):
+        paired_difference(worked, worked[::-1])
 
 
 def test_nothing_found_and_nothing_listed():

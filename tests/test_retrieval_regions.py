@@ -265,11 +265,20 @@ def test_salient_regions_find_bright_spots(bright, smoothing):
     assert len(SalientRegions(Backbone(), num_seeds=1)(bright)) == 2
 
 
+def test_each_threshold_gives_a_region(bright):
+    bright[:, 108:116, 204:212] = 8
+    find = SalientRegions(Backbone(), thresholds=(0.2, 0.5, 0.6), smoothing=0)
+    whole = [0, 0, 256, 160]
+    # Of equal boxes one stays.
+    core, around, other = [204, 108, 212, 116], [196, 100, 220, 124], [72, 40, 92, 60]
+    assert find(bright).tolist() == [around, core, other, whole]
+
+
 def test_salient_regions_without_a_seed():
     assert SalientRegions(Backbone())(torch.ones(3, 64, 96)).tolist() == [[0, 0, 96, 64]]
 
 
-@pytest.mark.parametrize("bad", [{"fine": "p2"}, {"last": "res9"}, {"threshold": 0}])
+@pytest.mark.parametrize("bad", [{"fine": "p2"}, {"last": "res9"}, {"thresholds": (0.2, 0)}, {"thresholds": ()}])
 def test_salient_regions_bad_settings(bad):
     with pytest.raises(ValueError, match="must be"):
         SalientRegions(Backbone(), **bad)

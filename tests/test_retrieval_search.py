@@ -36,16 +36,16 @@ def gallery(rng):
     return GalleryRegions(image_ids[order], boxes[order], vectors[order])
 
 
-def by_loops(gallery, vector, depth, own):
+def by_loops(gallery, vector, depth, skipped):
     best = {}
     for image_id, box, other in zip(gallery.image_ids.tolist(), gallery.boxes, gallery.vectors):
         score = float(vector @ other / (vector.norm() * other.norm()))
-        if image_id != own and score > best.get(image_id, (-2,))[0]:
+        if image_id not in skipped and score > best.get(image_id, (-2,))[0]:
             best[image_id] = score, tuple(box.tolist())
     return sorted(((s, i, b) for i, (s, b) in best.items()), reverse=True)[:depth]
 
 
-@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("skip", ["own", "none", "several"])
 @pytest.mark.parametrize("depth", [1, 3, 128])
 @pytest.mark.parametrize("kind", [ExactIndex, FaissIndex])
 def test_rank_by_loops(rng, gallery, kind, depth, skip):
@@ -54,13 +54,16 @@ def test_rank_by_loops(rng, gallery, kind, depth, skip):
     vectors = torch.randn(3, 6, generator=rng)
     vectors[0, 0] = 50
     queries = [query(5, 3), query(6, 0), query(7, 0, (1, 0.5))]
+    # 99 is in no gallery.
+    skipped = {"own": [{3}, {0}, {0}], "none": [()] * 3, "several": [[3, 5], [0, 99], [7]]}[skip]
     index = gallery.fill(kind())
-    found = rank(gallery, vectors, queries, depth=depth, index=index, skip_own_image=skip)
+    given = None if skip == "own" else skipped
+    found = rank(gallery, vectors, queries, depth=depth, index=index, skip=given)
     assert [replace(row, candidates=()) for row in found] == [
         replace(row, candidates=()) for row in queries
     ]
-    for row, vector in zip(found, vectors):
-        expected = by_loops(gallery, vector, depth, row.image_id if skip else None)
+    for row, vector, left_out in zip(found, vectors, skipped):
+        expected = by_loops(gallery, vector, depth, left_out)
         assert [(c.image_id, c.box) for c in row.candidates] == [(i, b) for _, i, b in expected]
         assert [c.score for c in row.candidates] == pytest.approx(
             [s for s, *_ in expected], abs=1e-5
@@ -83,9 +86,8 @@ def test_rank_with_an_index_that_gives_up_early(rng, gallery):
 
 def test_rank_bad_input(gallery):
     vectors = torch.ones(1, 6)
-    with pytest.raises(ValueError, match=r"must be in the gallery.*\[99\]"):
-        rank(gallery, vectors, [query(1, 99)])
-    assert rank(gallery, vectors, [query(1, 99)], skip_own_image=False)
+    with pytest.raises(ValueError, match="skip must have 1 entries, got 2"):
+        rank(gallery, vectors, [query(1, 0)], skip=[(), ()])
     with pytest.raises(ValueError, match="query_vectors must be 2"):
         rank(gallery, vectors, [query(1, 0), query(2, 0)])
     with pytest.raises(ValueError, match="depth must be"):
@@ -114,6 +116,16 @@ def test_gallery_file(tmp_path, gallery):
         torch.save(bad, path)
         with pytest.raises(ValueError, match="gallery.pt must"):
             GalleryRegions.load(path)
+
+
+def test_galleries_one_after_the_other(gallery):
+    names = ("image_ids", "boxes", "vectors")
+    parts = [
+        GalleryRegions(*(getattr(gallery, name)[rows] for name in names))
+        for rows in (slice(40), slice(40, 41), slice(41, None))
+    ]
+    whole = GalleryRegions.cat(parts)
+    assert all(torch.equal(getattr(whole, name), getattr(gallery, name)) for name in names)
 
 
 @pytest.mark.parametrize(

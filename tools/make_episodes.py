@@ -5,6 +5,8 @@ Examples::
 
     python tools/make_episodes.py --dataset coco482 --json coco482/instances.json \
         --images coco482/images --split every_4th:1 --side novel --output plans
+    python tools/make_episodes.py --config-file own.yaml --dataset own_test --support-dataset own_train \
+        --fixed-supports --protocol open --shots 10 --runs 1 --split every_4th:1 --output plans
     python tools/make_episodes.py ... --ways 5 --shots 1 5 10 --queries-per-class 10 --episodes 500 --output plans
 """
 
@@ -15,9 +17,10 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog
 
+from fewshot_d2 import load_config
 from fewshot_d2.data.benchmark_plans import BenchmarkPlan, build_benchmark_plans
 from fewshot_d2.data.coco_json import register_instances
-from fewshot_d2.data.loaders import build_plans
+from fewshot_d2.data.loaders import build_plans, register_from_config
 from fewshot_d2.data.plans import PROTOCOLS, EvaluationPlan
 from fewshot_d2.data.splits import SIDES
 
@@ -28,6 +31,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="name of the data set that is searched")
     parser.add_argument("--json", help="register --dataset from this COCO or LVIS json")
     parser.add_argument("--images", help="image folder of --json (both below DETECTRON2_DATASETS)")
+    parser.add_argument("--config-file", help="register the data sets of its FEWSHOT.REGISTER")
     parser.add_argument(
         "--support-dataset", help="draw supports from this one (default: --dataset)"
     )
@@ -40,6 +44,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="default: 0, of benchmark plans 9001")
     parser.add_argument("--runs", type=int, default=5, help="number of plans, runs 0, 1, ...")
     parser.add_argument("--max-images", type=int, default=0, help="0 = all")
+    parser.add_argument(
+        "--fixed-supports",
+        action="store_true",
+        help="the same supports in all episodes of a plan; --support-dataset must share no image",
+    )
     parser.add_argument("--ways", type=int, help="classes an episode: write benchmark plans")
     parser.add_argument("--queries-per-class", type=int, default=10, help="with --ways")
     parser.add_argument("--episodes", type=int, default=500, help="with --ways")
@@ -47,6 +56,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.json is None) != (args.images is None):
         parser.error("--json and --images must be given together")
+    if args.ways is not None and args.fixed_supports:
+        parser.error("--fixed-supports is for plans without --ways, whose episodes are draws")
     if args.seed is None:
         args.seed = 0 if args.ways is None else 9001
     if args.runs < 1:
@@ -56,12 +67,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def write_plans(args: argparse.Namespace) -> None:
     """Make, save and print the plans."""
+    if args.config_file:
+        register_from_config(load_config(args.config_file))
     if args.json:
         register_instances(args.dataset, args.json, args.images)
     support_dataset = args.support_dataset or args.dataset
     for name in (args.dataset, support_dataset):
         if name not in DatasetCatalog.list():
-            raise ValueError(f"data set must be registered, got {name!r} (see --json)")
+            raise ValueError(
+                f"data set must be registered, got {name!r} (see --json, --config-file)"
+            )
     plans = _evaluation_plans(args) if args.ways is None else _benchmark_plans(args)
     if not plans:
         raise ValueError(f"--split {args.split} must have {args.side} classes, got none")
@@ -84,6 +99,7 @@ def _evaluation_plans(args: argparse.Namespace) -> list[EvaluationPlan]:
             protocol=args.protocol,
             shots=shots,
             max_images=args.max_images,
+            fixed_supports=args.fixed_supports,
         )
     ]
 

@@ -6,7 +6,7 @@ the support uniform over images with the class and then over its instances there
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -215,15 +215,24 @@ class PlannedEpisodes(Dataset):
         plan: EvaluationPlan,
         factory: EpisodeFactory,
         mapper: Callable[[Episode], dict[str, Any]],
+        *,
+        with_supports: bool = True,
     ):
-        """Take a plan that was checked against the factory's indices."""
+        """Take a plan that was checked against the factory's indices.
+
+        Args:
+            with_supports: whether queries come with their supports.
+        """
         self.plan, self.factory, self.mapper = plan, factory, mapper
+        self.with_supports = with_supports
 
     def __len__(self) -> int:
         return len(self.plan.episodes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         episode = self.episode(self.plan.episodes[index])
+        if not self.with_supports:
+            episode = replace(episode, supports=())
         try:
             return self.mapper(episode)
         except (OSError, ValueError) as error:

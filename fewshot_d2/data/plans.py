@@ -1,8 +1,10 @@
 """Evaluation plans: which query, classes and supports, fixed in a file and known by its SHA-256."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -73,10 +75,22 @@ class EvaluationPlan(PlanFile):
         """How many (image, class) pairs are searched."""
         return sum(len(episode.class_ids) for episode in self.episodes)
 
+    @cached_property
+    def fixed_supports(self) -> Mapping[int, tuple[int, ...]] | None:
+        """{class id: its supports} if they are the same in all episodes, else None."""
+        supports: dict[int, tuple[int, ...]] = {}
+        for episode in self.episodes:
+            for class_id, ids in zip(episode.class_ids, episode.supports, strict=True):
+                if supports.setdefault(class_id, ids) != ids:
+                    return None
+        return supports
+
     @property
     def file_name(self) -> str:
         """A name that tells the plans of one data set apart."""
         what = f"{self.protocol}-{self.shots}shot-{len(self.episodes)}images"
+        if len(self.episodes) > 1 and self.fixed_supports is not None:
+            what += "-fixed"
         return f"{self._source()}-{what}-seed{self.seed}-run{self.run}.json"
 
     def _check_queries(self, episode: PlannedEpisode, query_index: InstanceIndex) -> None:
@@ -102,6 +116,7 @@ def make_plan(
     seed: int,
     run: int,
     max_images: int = 0,
+    fixed_supports: bool = False,
 ) -> EvaluationPlan:
     """Draw the supports of one evaluation run.
 
@@ -116,9 +131,11 @@ def make_plan(
         protocol: "present" (only images that have one of the classes, and only those) or "open".
         shots: supports a class. seed, run: the draw; runs differ in their supports only.
         max_images: at most this many images, the same ones for every run; 0 = all.
+        fixed_supports: draw once for all episodes, as few-shot training needs it that learns from the supports;
+            they must then be of a data set that has none of the queries.
 
     Raises:
-        ValueError: an argument is out of its range, or no episode remains.
+        ValueError: an argument is out of its range, no episode remains, or fixed supports are of a query.
     """
     _check_draw(side, protocol, shots=shots, seed=seed, run=run)
     classes = _searchable(class_ids, query_index, support_index)
@@ -128,13 +145,16 @@ def make_plan(
             f"plan must have at least one episode, got none: {len(classes)} classes of side "
             f"{side!r} in {len(query_index.dicts)} images of {dataset!r}"
         )
+    if fixed_supports:
+        _check_disjoint(query_index, support_index)
     episodes, num_own = [], 0
     for image_index, chosen in _subset(wanted, seed, max_images):
         image_id = query_index.dicts[image_index]["image_id"]
+        of_image = () if fixed_supports else (image_id,)
         own = (support_index.image_index(image_id),) if support_dataset == dataset else ()
         num_own += sum(support_index.images_with(class_id) == own for class_id in chosen)
         supports = tuple(
-            _draw(support_index, class_id, shots, key=(seed, run, image_id), exclude=own)
+            _draw(support_index, class_id, shots, key=(seed, run, *of_image), exclude=own)
             for class_id in chosen
         )
         episodes.append(PlannedEpisode(len(episodes), image_id, chosen, supports))
@@ -161,10 +181,23 @@ def _queries(
 def _draw(
     index: InstanceIndex, class_id: int, shots: int, *, key: tuple[int, ...], exclude: tuple
 ) -> tuple[int, ...]:
-    # Keyed by image and class, so that neither the other episodes nor their order matter.
+    # Keyed by class, and by image unless supports are fixed: neither the other episodes nor their order matter.
     rng = np.random.default_rng((*key, class_id))
     places = index.draw_support(rng, class_id, shots, exclude)
     return tuple(index.annotation_id(*place) for place in places)
+
+
+def _check_disjoint(query_index: InstanceIndex, support_index: InstanceIndex) -> None:
+    """Images are told by their files: parts of a data set may have the same ids."""
+    files = {Path(record["file_name"]).resolve() for record in query_index.dicts}
+    common = [
+        r["file_name"] for r in support_index.dicts if Path(r["file_name"]).resolve() in files
+    ]
+    if common:
+        raise ValueError(
+            "fixed supports must be of a data set that shares no image with the queries, got "
+            f"{len(common)} of both, for example {common[0]}"
+        )
 
 
 def _check_draw(side: str, protocol: str, *, shots: int, seed: int, run: int) -> None:

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
+from detectron2.evaluation import (
+    inference_context,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
@@ -18,13 +24,14 @@ from torch import nn
 from ..checkpoint import FewShotCheckpointer
 from ..data.datasets.cluttered_omniglot import cluttered_omniglot_plan
 from ..data.episodes import EpisodeFactory
-from ..data.loaders import EpisodicTestLoader, build_factory, build_plans
+from ..data.loaders import EpisodicTestLoader, build_factory, build_mapper, build_plans
 from ..data.plans import EvaluationPlan
 from ..evaluation.baselines import detection_shift, gt_shift
 from ..evaluation.episodic_coco import EpisodicCOCOEvaluator, evaluate_detections
 from ..evaluation.localization import single_target_scores
 from ..evaluation.metrics import summarize_runs
 from ..evaluation.report import EvaluatedRun, ReportFacts, ReportRow, write_report
+from ..structures import SupportFeatures
 from .benchmark import evaluate_benchmark
 from .plans import checked_plan, save_plans, support_datasets, write_results
 
@@ -107,7 +114,8 @@ def evaluate_plan(
         output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / Path(plan.file_name).stem),
         presence_threshold=threshold,
     )
-    results = inference_on_dataset(model, EpisodicTestLoader(cfg, plan, factory), evaluator)
+    loader = EpisodicTestLoader(cfg, plan, factory, _fixed_features(cfg, model, plan, factory))
+    results = inference_on_dataset(model, loader, evaluator)
     if not comm.is_main_process():
         return {}
     runs = {"": EvaluatedRun(plan, results, evaluator.detections)}
@@ -123,6 +131,25 @@ def evaluate_plan(
                 evaluator.ground_truth, run.detections, plan
             )
     return runs
+
+
+@torch.no_grad()
+def _fixed_features(
+    cfg: CfgNode, model: nn.Module, plan: EvaluationPlan, factory: EpisodeFactory
+) -> SupportFeatures | None:
+    """Supports that all episodes share are read and encoded once, class by class to bound the memory."""
+    if plan.fixed_supports is None or len(plan.episodes) == 1:
+        return None
+    plan.check(factory.query_index, factory.support_index, plan.dataset)
+    mapper, parts = build_mapper(cfg, is_train=False), []
+    # Several processes wrap it.
+    detector = getattr(model, "module", model)
+    with inference_context(detector):
+        for class_id, ids in plan.fixed_supports.items():
+            places = [factory.support_index.locate(annotation) for annotation in ids]
+            episode = factory.build(0, (class_id,), [places], key=(plan.seed, 0), episode_id=0)
+            parts.append(detector.encode_support([mapper.support_set(episode)]))
+    return SupportFeatures.cat(parts)
 
 
 def _baseline(name: str, evaluator: EpisodicCOCOEvaluator, plan: EvaluationPlan) -> list[dict]:

@@ -231,7 +231,8 @@ class EpisodicCOCOEvaluator(COCOEvaluator):
     def _class_ids(self, query: Mapping[str, Any]) -> list[int]:
         """Dataset category ids behind the episode-local classes, after a check against the plan."""
         episode = self._episodes.get(query["episode_id"])
-        class_ids = list(query["support"].class_ids)
+        key = "support_features" if "support_features" in query else "support"
+        class_ids = list(query[key].class_ids)
         if (
             episode is None
             or episode.image_id != query["image_id"]

@@ -217,8 +217,22 @@ def summary(queries: Sequence[SearchedQuery], depth: int = DEPTH) -> dict[str, f
         raise ValueError(
             f"queries and depth must be at least one, got {len(queries)} queries and depth {depth}"
         )
+    result: dict[str, float] = {}
+    for name, values in metrics_by_query(queries, depth).items():
+        result[name], result[f"{name}_ci95"] = _percent(values)
+    result["num_queries"] = len(queries)
+    result["num_queries_found"] = sum(bool(q.relevant[:depth].any()) for q in queries)
+    return result
+
+
+def metrics_by_query(queries: Sequence[SearchedQuery], depth: int = DEPTH) -> dict[str, np.ndarray]:
+    """The metrics of ``summary`` for each query.
+
+    Returns:
+        name -> float64[Q], in [0, 1]; NaN where a query leaves a metric undefined.
+    """
     recalls = _recalls(queries, (0.5, 0.75), depth)
-    per_query = {
+    values = {
         "mIoU": _mean_ious(queries, depth, all_images=False),
         "mIoU_all": _mean_ious(queries, depth, all_images=True),
         "recall_iou50": recalls[:, 0],
@@ -226,14 +240,36 @@ def summary(queries: Sequence[SearchedQuery], depth: int = DEPTH) -> dict[str, f
         "mAP": _precisions(queries, depth, of_listable=False),
         "mAP_listable": _precisions(queries, depth, of_listable=True),
     }
+    return {name: np.array(v, dtype=float) for name, v in values.items()}
+
+
+def paired_difference(
+    queries: Sequence[SearchedQuery], others: Sequence[SearchedQuery], depth: int = DEPTH
+) -> dict[str, float]:
+    """How much better the same queries fare: each metric of ``queries`` minus that of ``others``, query by query.
+
+    Returns:
+        As of ``summary``, without counts. The interval is that of the differences, narrower than those of the two
+        summaries where queries that are hard for one are hard for the other.
+
+    Raises:
+        ValueError: the queries are not the same, in the same order.
+    """
+    ids = [[q.query_id for q in some] for some in (queries, others)]
+    if ids[0] != ids[1]:
+        raise ValueError(f"queries must be the same in the same order, got {ids[0]} and {ids[1]}")
+    first, second = metrics_by_query(queries, depth), metrics_by_query(others, depth)
     result: dict[str, float] = {}
-    for name, values in per_query.items():
-        interval = confidence_interval(values)
-        width = float("nan") if interval.half_width is None else interval.half_width
-        result[name], result[f"{name}_ci95"] = 100 * interval.mean, 100 * width
-    result["num_queries"] = len(queries)
-    result["num_queries_found"] = sum(bool(q.relevant[:depth].any()) for q in queries)
+    for name, values in first.items():
+        result[name], result[f"{name}_ci95"] = _percent(values - second[name])
     return result
+
+
+def _percent(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half width of the interval of values in [-1, 1], in percent."""
+    interval = confidence_interval(values)
+    width = float("nan") if interval.half_width is None else interval.half_width
+    return 100 * interval.mean, 100 * width
 
 
 def _mean(values: np.ndarray) -> float:

@@ -13,22 +13,13 @@ from ..data.rank_lists import RankLists
 from ..visualization.search import stages_panel
 from .coco_scoring import GroundTruth
 from .instance_search import candidate_ious
-from .report_gallery import _jpeg as jpeg
+from .report_gallery import GalleryPicture, _jpeg
 from .search_runs import NO_BOX, Box, SearchTruth
 
 logger = logging.getLogger(__name__)
 
 # Keeps the choice of pictures apart from everything else that is drawn from a seed.
 _STREAM = 335
-
-
-@dataclass(frozen=True)
-class StagesPicture:
-    """One query with some of its candidates, as JPEG."""
-
-    query_id: int
-    jpeg: bytes
-    caption: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +97,7 @@ def draw_stages(
     rank_lists: RankLists,
     truth: SearchTruth,
     stages: Mapping[str, Sequence[Sequence[Box | None]]],
-) -> StagesPicture:
+) -> GalleryPicture:
     """Draw the query first, in it its box, then its candidates with their boxes of every stage.
 
     Args:
@@ -134,4 +125,4 @@ def draw_stages(
         f"Query {row.query_id} and true images of its list, with their rank and the IoU of "
         f"{', '.join(stages)}."
     )
-    return StagesPicture(row.query_id, jpeg(panel), caption)
+    return GalleryPicture(_jpeg(panel), caption)

@@ -1,6 +1,6 @@
 """Shared model parts. Importing it registers backbones, RPN and ROI heads in detectron2's registries."""
 
-from . import backbones, deformable, dml_classifier, losses, matching, roi_heads, rpn
+from . import backbones, deformable, dml_classifier, losses, matching, roi_heads, rpn, trunk_head
 from .detector import FewShotDetector, Pairs
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "matching",
     "roi_heads",
     "rpn",
+    "trunk_head",
 ]

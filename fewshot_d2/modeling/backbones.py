@@ -13,7 +13,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -107,14 +107,20 @@ def torchvision_features(
     norm: str,
     tf_padding: bool,
     out_features: Sequence[str] = tuple(_STRIDES.values()),
+    after: str = "",
     freeze_at: int = 0,
+    channels_last: bool = False,
 ) -> FeatureBackbone:
     """A torchvision classifier cut after its last map of each stride 4, 8, 16 and 32.
+
+    Only maps count that all later layers hang on: the output of a block, not what is beside a skip connection.
 
     Args:
         name: of the model. weights, norm, tf_padding: see MODEL.TORCHVISION.
         out_features: of "res2" ... "res5", in this order.
+        after: one of them that the result takes in place of images; only the layers after it remain.
         freeze_at: from 2 on, all up to res<freeze_at> keeps its weights.
+        channels_last: layout of the weights, which convolutions give to their maps too.
 
     Raises:
         ValueError: the model is unknown, its weights do not fit or it lacks one of the strides.
@@ -129,12 +135,17 @@ def torchvision_features(
     model = _with_norm(model, norm)
     tracer = {"leaf_modules": [FrozenBatchNorm2d]}
     nodes = {_STRIDES[s]: (s, *node) for s, node in _last_node_per_stride(model, tracer).items()}
-    if not out_features or not set(out_features) <= set(nodes):
-        raise ValueError(f"maps of {name} must be among {list(nodes)}, got {list(out_features)}")
-    returned = {nodes[feature][1]: feature for feature in out_features}
+    possible = [feature for feature in nodes if feature > after]
+    if not out_features or not set(out_features) <= set(possible):
+        raise ValueError(f"maps of {name} must be among {possible}, got {list(out_features)}")
+    wanted = {*out_features, *([after] if after else []), f"res{max(freeze_at, 2)}"}
+    returned = {nodes[feature][1]: feature for feature in wanted}
     graph = create_feature_extractor(model, returned, tracer_kwargs=tracer)
     if freeze_at >= 2:
-        _freeze_until(graph, nodes[f"res{freeze_at}"][1])
+        _freeze_until(graph, f"res{freeze_at}")
+    _cut(graph, out_features, after)
+    if channels_last:
+        graph.to(memory_format=torch.channels_last)
     shapes = {
         feature: ShapeSpec(channels=nodes[feature][2], stride=nodes[feature][0])
         for feature in out_features
@@ -142,16 +153,31 @@ def torchvision_features(
     return FeatureBackbone(graph, shapes)
 
 
-def _freeze_until(graph: GraphModule, last: str) -> None:
-    """Freeze the modules of a traced model up to the node named ``last``, or all where it ends before."""
-    for node in graph.graph.nodes:
+def _freeze_until(model: GraphModule, feature: str) -> None:
+    """Freeze the modules of a traced model up to one of its maps."""
+    last = model.graph.output_node().args[0][feature]
+    for node in model.graph.nodes:
         if node.op == "call_module":
             parent, _, name = node.target.rpartition(".")
-            frozen = graph.get_submodule(node.target).requires_grad_(False)
+            frozen = model.get_submodule(node.target).requires_grad_(False)
             frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(frozen)
-            setattr(graph.get_submodule(parent), name, frozen)
-        if node.name == last.replace(".", "_"):
+            setattr(model.get_submodule(parent), name, frozen)
+        if node == last:
             return
+
+
+def _cut(model: GraphModule, out_features: Sequence[str], after: str) -> None:
+    """Leave of a traced model what leads from the map ``after``, or from images, to ``out_features``."""
+    for graph in (model.train_graph, model.eval_graph):
+        output = graph.output_node()
+        maps = output.args[0]
+        if after:
+            (taken,) = (node for node in graph.nodes if node.op == "placeholder")
+            maps[after].replace_all_uses_with(taken)
+        output.args = ({feature: maps[feature] for feature in out_features},)
+        graph.eliminate_dead_code()
+    model.delete_all_unused_submodules()
+    model.recompile()
 
 
 def timm_features(name: str, *, weights: str, norm: str) -> FeatureBackbone:
@@ -207,10 +233,11 @@ def _last_node_per_stride(model: nn.Module, tracer: dict) -> dict[int, tuple[str
     probe = create_feature_extractor(model, names, tracer_kwargs=tracer).eval()
     with torch.no_grad():
         maps = probe(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+    nodes, narrow = probe.graph.output_node().args[0], _nodes_without_bypass(probe.graph)
     found = {}
     for name in names:
         value = maps[name]
-        if isinstance(value, Tensor) and value.dim() == 4:
+        if isinstance(value, Tensor) and value.dim() == 4 and nodes[name] in narrow:
             stride = _PROBE_SIZE // value.shape[-1]
             if stride in _STRIDES and value.shape[-1] * stride == _PROBE_SIZE:
                 found[stride] = (name, value.shape[1])
@@ -219,6 +246,19 @@ def _last_node_per_stride(model: nn.Module, tracer: dict) -> dict[int, tuple[str
             f"{type(model).__name__} must have maps at strides {list(_STRIDES)}, got {sorted(found)}"
         )
     return {stride: found[stride] for stride in _STRIDES}
+
+
+def _nodes_without_bypass(graph: Graph) -> set[Node]:
+    """The nodes through which all later ones see the image."""
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    narrow, furthest = set(), 0
+    for node, number in position.items():
+        # Weights are no way around.
+        if node.op != "get_attr":
+            if furthest <= number:
+                narrow.add(node)
+            furthest = max([furthest, *(position[u] for u in node.users if u.op != "output")])
+    return narrow
 
 
 class LastLevelConv(nn.Module):
@@ -275,16 +315,19 @@ def build_fewshot_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN on MODEL.TORCHVISION."""
-    return build_fpn(cfg, _torchvision_bottom_up(cfg, tuple(_STRIDES.values())))
+    return build_fpn(cfg, torchvision_part(cfg, tuple(_STRIDES.values())))
 
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeatureBackbone:
     """The maps TORCHVISION.OUT_FEATURES of MODEL.TORCHVISION."""
-    return _torchvision_bottom_up(cfg, cfg.MODEL.TORCHVISION.OUT_FEATURES)
+    return torchvision_part(cfg, cfg.MODEL.TORCHVISION.OUT_FEATURES)
 
 
-def _torchvision_bottom_up(cfg: CfgNode, out_features: Sequence[str]) -> FeatureBackbone:
+def torchvision_part(
+    cfg: CfgNode, out_features: Sequence[str], *, after: str = ""
+) -> FeatureBackbone:
+    """``torchvision_features`` by MODEL.TORCHVISION and BACKBONE.FREEZE_AT."""
     node = cfg.MODEL.TORCHVISION
     return torchvision_features(
         node.NAME,
@@ -292,7 +335,9 @@ def _torchvision_bottom_up(cfg: CfgNode, out_features: Sequence[str]) -> Feature
         norm=node.NORM,
         tf_padding=node.TF_PADDING,
         out_features=out_features,
+        after=after,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        channels_last=node.CHANNELS_LAST,
     )
 
 

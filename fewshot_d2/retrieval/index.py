@@ -219,6 +219,10 @@ class FaissIndex(VectorIndex):
         """See ``VectorIndex``."""
         if self._index is None:
             return torch.zeros(0, dtype=torch.int64)
+        if not hasattr(self._index, "id_map"):
+            raise ValueError(
+                "an index that was made elsewhere does not tell its ids: it is complete"
+            )
         return torch.from_numpy(_faiss().vector_to_array(self._index.id_map))
 
     def _add(self, ids: Tensor, vectors: Tensor) -> None:
@@ -238,7 +242,7 @@ class FaissIndex(VectorIndex):
         faiss = _faiss()
         try:
             index = faiss.index_factory(
-                dimension, f"IDMap2,{self._factory}", faiss.METRIC_INNER_PRODUCT
+                dimension, f"IDMap,{self._factory}", faiss.METRIC_INNER_PRODUCT
             )
         except RuntimeError as error:
             raise ValueError(
@@ -276,11 +280,27 @@ class FaissIndex(VectorIndex):
         except RuntimeError as error:
             raise ValueError(f"{path} must be a faiss index, got: {error}") from error
         inner = found.metric_type == faiss.METRIC_INNER_PRODUCT
-        if not (inner and isinstance(found, faiss.IndexIDMap2)):
+        if not (inner and isinstance(found, faiss.IndexIDMap)):
             raise ValueError(f"{path} must have ids and inner products, got {type(found).__name__}")
         index._set_probes(found)
         index._index = found
         return index
+
+    @classmethod
+    def wrap(cls, index: Any) -> "FaissIndex":
+        """Search an index that was made elsewhere: merged, on disk or sharded; nothing can be added.
+
+        Args:
+            index: of faiss, with ids, complete and with its number of probes set.
+
+        Raises:
+            ValueError: it does not compare by inner product.
+        """
+        if index.metric_type != _faiss().METRIC_INNER_PRODUCT:
+            raise ValueError(f"index must be of inner products, got metric {index.metric_type}")
+        wrapped = cls()
+        wrapped._index = index
+        return wrapped
 
 
 def read_tensors(path: str | Path, kind: str, version: int, keys: set[str]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Boxes are XYXY in pixels of the network's input here. A region source is called 
 normalised) and returns Tensor[R, 4]; the last region always is the whole image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class SalientRegions:
         fine: str = "res2",
         last: str = "res5",
         num_seeds: int = 8,
-        threshold: float = 0.2,
+        thresholds: Sequence[float] = (0.2,),
         smoothing: float = 1.0,
         nms_iou: float = 0.5,
     ):
@@ -60,23 +60,23 @@ class SalientRegions:
 
         Args:
             fine, last: names of its maps. num_seeds: at most, strongest first.
-            threshold: share of the excitation's maximum that belongs to the region.
+            thresholds: share of the excitation's maximum that belongs to the region; of several, each gives one.
             smoothing: sigma in cells of the fine map; without it strided convolutions leave a grid that cuts regions
                 into specks. 0 for none.
-            nms_iou: a region that overlaps that of a stronger seed by more is dropped.
+            nms_iou: a region that overlaps one of a stronger seed, or of an earlier threshold, by more is dropped.
 
         Raises:
-            ValueError: the backbone has no such map, or the threshold is not between 0 and 1.
+            ValueError: the backbone has no such map, or a threshold is not between 0 and 1.
         """
         shapes = backbone.output_shape()
         if not {fine, last} <= shapes.keys():
             raise ValueError(f"maps must be among {sorted(shapes)}, got {fine!r} and {last!r}")
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
+        if not thresholds or not all(0 < threshold <= 1 for threshold in thresholds):
+            raise ValueError(f"thresholds must be above 0 and at most 1, got {list(thresholds)}")
         self._backbone, self._fine, self._last = backbone, fine, last
         self._strides = shapes[fine].stride, shapes[last].stride
         self._num_seeds, self._nms_iou = num_seeds, nms_iou
-        self._threshold, self._smoothing = threshold, smoothing
+        self._thresholds, self._smoothing = tuple(thresholds), smoothing
 
     def __call__(self, image: Tensor) -> Tensor:
         """Image (Tensor[3, H, W], normalised) -> boxes (Tensor[R, 4]), strongest seed first, whole image last."""
@@ -90,13 +90,18 @@ class SalientRegions:
         energy = excite(last, fine, _starts(activation, seeds)).sum(dim=1)
         places = (seeds + 0.5) * (self._strides[1] / self._strides[0]) - 0.5
         boxes = self._boxes(energy.cpu().numpy(), places.cpu().numpy()).to(image)
-        return _best_and_whole(boxes, strengths, image, self._nms_iou, self._num_seeds)
+        strengths = strengths.repeat_interleave(len(self._thresholds))
+        return _best_and_whole(boxes, strengths, image, self._nms_iou, len(boxes))
 
     def _boxes(self, energy: np.ndarray, places: np.ndarray) -> Tensor:
-        """Energy maps (float[S, h, w]) and seeds (float[S, 2], row and column there) -> Tensor[S, 4]."""
+        """Energy maps (float[S, h, w]) and seeds (float[S, 2], row and column there) -> Tensor[S * T, 4]."""
         if self._smoothing:
             energy = ndimage.gaussian_filter(energy, (0, self._smoothing, self._smoothing))
-        cells = [seed_box(e, p, self._threshold) for e, p in zip(energy, places, strict=True)]
+        cells = [
+            seed_box(e, p, threshold)
+            for e, p in zip(energy, places, strict=True)
+            for threshold in self._thresholds
+        ]
         return torch.tensor(cells, dtype=torch.float32) * self._strides[0]
 
 

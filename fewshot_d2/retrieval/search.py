@@ -1,6 +1,6 @@
 """From the vectors of regions to rank lists: search, re-ranking, query expansion. Features are the caller's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,12 @@ class GalleryRegions:
             found.setdefault(image_id, []).append(row)
         return {image_id: tuple(rows) for image_id, rows in found.items()}
 
+    @classmethod
+    def cat(cls, parts: Sequence["GalleryRegions"]) -> "GalleryRegions":
+        """The regions of all parts, one after the other."""
+        names = ("image_ids", "boxes", "vectors")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
     def fill(self, index: VectorIndex) -> VectorIndex:
         """Add all regions to an empty index and return it."""
         index.add(torch.arange(len(self)), self.vectors)
@@ -95,7 +101,7 @@ def rank(
     *,
     depth: int = 128,
     index: VectorIndex | None = None,
-    skip_own_image: bool = True,
+    skip: Sequence[Collection[int]] | None = None,
 ) -> tuple[RankList, ...]:
     """Search: the score of an image is that of its most similar region, whose box is the candidate's.
 
@@ -105,28 +111,26 @@ def rank(
         queries: Q of them; candidates that they have are replaced.
         depth: images in a list, at most.
         index: of ``gallery.fill``; None makes an exact one.
-        skip_own_image: whether the queries are of the data set that is searched, whose lists then lack the query's
-            own image.
+        skip: for each query, ids of images that its list lacks, such as its own; None takes the queries to be of
+            the data set that is searched, and skips the image of each.
 
     Returns:
         The queries with their candidates, as many as the gallery and an approximate index give.
 
     Raises:
-        ValueError: sizes do not fit, or a query's image is not in the gallery though it is to be skipped.
+        ValueError: sizes do not fit.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     if len(query_vectors) != len(queries):
         raise ValueError(f"query_vectors must be {len(queries)}, got {len(query_vectors)}")
-    unknown = {q.image_id for q in queries} - gallery.rows.keys() if skip_own_image else set()
-    if unknown:
-        raise ValueError(
-            f"images of the queries must be in the gallery to be skipped there, got {sorted(unknown)[:5]}"
-        )
+    skip = [(query.image_id,) for query in queries] if skip is None else skip
+    if len(skip) != len(queries):
+        raise ValueError(f"skip must have {len(queries)} entries, got {len(skip)}")
     index = gallery.fill(ExactIndex()) if index is None else index
     if len(index) != len(gallery):
         raise ValueError(f"index must hold {len(gallery)} regions of the gallery, got {len(index)}")
-    exclude = [gallery.rows[q.image_id] if skip_own_image else () for q in queries]
+    exclude = [[row for i in images for row in gallery.rows.get(i, ())] for images in skip]
     found = _search_images(gallery, index, query_vectors, exclude, depth)
     return tuple(replace(q, candidates=c) for q, c in zip(queries, found, strict=True))
 

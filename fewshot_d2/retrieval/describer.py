@@ -1,0 +1,201 @@
+"""A trained network that describes regions of images for a search (SPIL spec B5).
+
+Boxes are XYXY in pixels of the original image here. R = regions, D = numbers of a vector, all layers together.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from ..checkpoint import FewShotCheckpointer
+from .regions import ProposalRegions, SalientRegions, describe_regions
+
+logger = logging.getLogger(__name__)
+
+
+class RegionDescriber(nn.Module):
+    """Finds regions in an image and describes them, or boxes that are given, by the mean of its maps inside.
+
+    A vector is that of each layer, of length 1, one after the other: a cosine is the mean of the layers' cosines.
+    Images are query dicts of the mapper (``image``: uint8 Tensor[3, H, W], resized; ``height`` and ``width`` before).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        find_regions: Callable[[Tensor], Tensor],
+        layers: Sequence[str],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ):
+        """Take the parts.
+
+        Args:
+            backbone: any of detectron2's.
+            find_regions: a region source, see ``regions``.
+            layers: names of the backbone's maps that describe.
+            pixel_mean, pixel_std: of the channels, in the order in which images come.
+
+        Raises:
+            ValueError: the backbone has no such map.
+        """
+        super().__init__()
+        shapes = backbone.output_shape()
+        if not layers or not set(layers) <= shapes.keys():
+            raise ValueError(
+                f"FEWSHOT.RETRIEVAL.LAYERS must be among {sorted(shapes)}, got {list(layers)}"
+            )
+        self.backbone = backbone
+        self._find_regions = find_regions
+        self._strides = {name: shapes[name].stride for name in layers}
+        self.register_buffer("_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Build the network and its region source, with the weights of the config."""
+        node = cfg.FEWSHOT.RETRIEVAL
+        if node.REGIONS == "proposals":
+            backbone, find_regions = _proposals(cfg)
+        else:
+            backbone = _loaded(_Trunk(build_backbone(cfg)), cfg).backbone
+            find_regions = SalientRegions(
+                backbone,
+                fine=node.FINE,
+                last=node.LAST,
+                num_seeds=node.NUM_REGIONS,
+                thresholds=node.THRESHOLDS,
+                smoothing=node.SMOOTHING,
+                nms_iou=node.NMS_IOU,
+            )
+        return {
+            "backbone": backbone,
+            "find_regions": find_regions,
+            "layers": node.LAYERS,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def regions(self, query: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The regions of an image and what they look like.
+
+        Returns:
+            boxes (float32[R, 4]) inside the image, the whole image last, and float32[R, D]. On the CPU.
+        """
+        image = self._normalised(query)
+        height, width = query["image"].shape[1:]
+        boxes = self._find_regions(image)
+        # The padding is no part of the image, though a region may reach into it.
+        boxes = torch.stack(
+            [*boxes[:, :2].T, boxes[:, 2].clamp(max=width), boxes[:, 3].clamp(max=height)], dim=1
+        )
+        boxes = boxes[(boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)]
+        vectors = self._described(image, boxes)
+        return _clipped(boxes / self._scale(query), query).cpu(), vectors
+
+    def vectors(self, query: Mapping[str, Any], boxes: Tensor) -> Tensor:
+        """What boxes of an image look like.
+
+        Args:
+            boxes (float[n, 4]): clipped to the image.
+
+        Returns:
+            float32[n, D], on the CPU.
+
+        Raises:
+            ValueError: a box has no area inside the image.
+        """
+        boxes = _clipped(boxes, query)
+        if not (boxes[:, 2:] > boxes[:, :2]).all():
+            raise ValueError(
+                f"{query['file_name']}: boxes must have an area inside the image, got {boxes.tolist()}"
+            )
+        scaled = boxes.float().to(self._mean.device) * self._scale(query)
+        return self._described(self._normalised(query), scaled)
+
+    def state_sha256(self) -> str:
+        """Hash of all weights, wherever they are from."""
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _normalised(self, query: Mapping[str, Any]) -> Tensor:
+        """Image of a query -> Tensor[3, H', W'], padded as the backbone needs it."""
+        image = (query["image"].to(self._mean.device) - self._mean) / self._std
+        return ImageList.from_tensors([image], self.backbone.size_divisibility).tensor[0]
+
+    def _scale(self, query: Mapping[str, Any]) -> Tensor:
+        """What boxes of the original image are multiplied by (Tensor[4])."""
+        height, width = query["image"].shape[1:]
+        return self._mean.new_tensor([width / query["width"], height / query["height"]] * 2)
+
+    @torch.no_grad()
+    def _described(self, image: Tensor, boxes: Tensor) -> Tensor:
+        maps = self.backbone(image[None])
+        vectors = [describe_regions(maps[name], boxes, s) for name, s in self._strides.items()]
+        return torch.cat(vectors, dim=1).cpu()
+
+
+def build_describer(cfg: CfgNode) -> RegionDescriber:
+    """The describer of FEWSHOT.RETRIEVAL on MODEL.DEVICE, in inference mode.
+
+    Raises:
+        ValueError: weights are missing or do not fit, or the config names maps that the network has not.
+    """
+    model = cfg.MODEL
+    if not (model.WEIGHTS or model.TORCHVISION.WEIGHTS or model.TIMM.WEIGHTS):
+        logger.warning("Neither MODEL.WEIGHTS nor those of a backbone: the search is untrained")
+    return RegionDescriber(cfg).to(model.DEVICE).eval()
+
+
+def _clipped(boxes: Tensor, query: Mapping[str, Any]) -> Tensor:
+    """Boxes of the original image without what is outside of it."""
+    return torch.minimum(
+        boxes.clamp(min=0), boxes.new_tensor([query["width"], query["height"]] * 2)
+    )
+
+
+class _Trunk(nn.Module):
+    """Gives the backbone the name that it has in checkpoints of detectors."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+
+def _loaded(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    FewShotCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model.eval()
+
+
+def _proposals(cfg: CfgNode) -> tuple[nn.Module, ProposalRegions]:
+    """Backbone and RPN of an ordinary detector, whose classes do not matter."""
+    # Few-shot detectors propose for examples, of which there are none yet.
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ValueError(
+            "FEWSHOT.RETRIEVAL.REGIONS 'proposals' needs MODEL.META_ARCHITECTURE GeneralizedRCNN, got "
+            f"{cfg.MODEL.META_ARCHITECTURE}"
+        )
+    model = _loaded(build_model(cfg), cfg)
+
+    @torch.no_grad()
+    def propose(image: Tensor) -> tuple[Tensor, Tensor]:
+        images = ImageList.from_tensors([image])
+        (found,), _ = model.proposal_generator(images, model.backbone(image[None]), None)
+        return found.proposal_boxes.tensor, found.objectness_logits
+
+    node = cfg.FEWSHOT.RETRIEVAL
+    return model.backbone, ProposalRegions(
+        propose, num_regions=node.NUM_REGIONS, nms_iou=node.NMS_IOU
+    )
