@@ -138,8 +138,8 @@ def _add_self_paced(node: CN) -> None:
     # Iterations and steps of the learning rate in stages 1, 2, ...
     node.SELF_PACED.MAX_ITER = 10000
     node.SELF_PACED.STEPS = (7000,)
-    # Images that the lists of two queries may share, of the shorter one, if they are to be each other's negatives: finds
-    # queries of one instance where labels do not tell them. 1 where they do.
+    # Images that the lists of two queries may share, of the shorter one, if they are to be each other's negatives:
+    # finds queries of one instance where labels do not tell them. 1 where they do.
     node.SELF_PACED.MAX_SHARED = 0.05
     # Boxes an image that are kept: 1 (instance search), or more where a class may occur several times.
     node.SELF_PACED.BOXES_PER_IMAGE = 1
@@ -148,7 +148,7 @@ def _add_self_paced(node: CN) -> None:
 def _add_retrieval(node: CN) -> None:
     # Instance search (SPIL spec B5, after DASR, whose constants are not published): tools/make_rank_lists.py.
     node.RETRIEVAL = CN()
-    # "salient": what the backbone responds to, without classes; "proposals": of the RPN of a GeneralizedRCNN.
+    # "salient": what the backbone responds to, without classes; "proposals": of a GeneralizedRCNN or RepMet.
     node.RETRIEVAL.REGIONS = "salient"
     # Proposals or seeds of an image, at most, and the IoU with a better region that drops one. The whole image always
     # is a region.

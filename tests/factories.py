@@ -75,6 +75,8 @@ def tiny_repmet(*overrides: object, seed: int = 0) -> nn.Module:
 TINY_SPIL = ROOT / "configs/spil/flickrlogos27.yaml"
 TINY_SPIL_OVERRIDES = [
     *("MODEL.TORCHVISION.WEIGHTS", "", "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0),
+    # No kernel depends on others.
+    *("MODEL.SPIL.KERNEL_NORM", "none"),
     *("MODEL.RPN.CONV_DIMS", [8], "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
     *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]]),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.RPN.POST_NMS_TOPK_TEST", 10),

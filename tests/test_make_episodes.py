@@ -53,6 +53,34 @@ def test_tool_writes_and_names_one_plan_a_run(own_json, tmp_path, capsys):
     assert len(list(output.iterdir())) == 3
 
 
+def test_tool_fixes_the_supports_of_a_plan(own_json, tmp_path, capsys):
+    """Data sets of a config; parts of one json whose images are others."""
+    content = json.loads((tmp_path / "own.json").read_text())
+    names = ["test_plans_queries", "test_plans_shots"]
+    rows = []
+    for name, start in zip(names, (0, 5)):
+        images = [i for i in content["images"] if start <= i["id"] < start + 4]
+        ids = {i["id"] for i in images}
+        annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+        part = {**content, "images": images, "annotations": annotations}
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+        rows.append([name, f"{name}.json", "photos"])
+    config = tmp_path / "own.yaml"
+    config.write_text(f"FEWSHOT:\n  REGISTER: {json.dumps(rows)}\n")
+    arguments = ["--config-file", config, "--dataset", names[0], "--support-dataset", names[1]]
+    options = ["--fixed-supports", "--protocol", "open", "--side", "all", "--shots", 2, "--runs", 1]
+    try:
+        run_tool(*arguments, *options, "--output", tmp_path / "plans")
+    finally:
+        for name in names:
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+    (path,) = (tmp_path / "plans").iterdir()
+    plan = EvaluationPlan.load(path)
+    assert f"sha256 {plan.sha256}  4 episodes, 8 pairs" in capsys.readouterr().out
+    assert set(plan.fixed_supports) == {5, 8} and "-fixed-" in path.name
+
+
 def test_tool_writes_a_benchmark_plan_for_each_number_of_shots(own_json, tmp_path, capsys):
     arguments = ["--side", "all", "--ways", 2, "--shots", 1, 3, "--queries-per-class", 2]
     run_tool(*own_json, *arguments, "--episodes", 4, "--output", tmp_path / "plans")
@@ -77,6 +105,7 @@ def test_tool_writes_a_benchmark_plan_for_each_number_of_shots(own_json, tmp_pat
         (["--split", "novel:frok"], "make_episodes: split .* got 'frok' .*fork"),
         (["--split", "all"], "make_episodes: --split all must have novel classes, got none"),
         (["--support-dataset", "nobody"], "data set must be registered, got 'nobody'"),
+        (["--side", "all", "--fixed-supports"], "shares no image with the queries, got 9 of both"),
         (["--json", "none.json"], "annotation file must exist, got .*none.json"),
     ],
 )
@@ -86,7 +115,10 @@ def test_tool_ends_with_one_line_on_bad_input(own_json, tmp_path, arguments, wor
     assert not (tmp_path / "plans").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--json", "x"], ["--runs", "0"], ["--side", "old"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--json", "x"], ["--runs", "0"], ["--side", "old"], ["--fixed-supports", "--ways", "5"]],
+)
 def test_tool_refuses_bad_options(tmp_path, arguments, capsys):
     with pytest.raises(SystemExit):
         run_tool("--dataset", "x", "--output", tmp_path, *arguments)

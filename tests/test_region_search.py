@@ -184,7 +184,11 @@ def test_gallery_is_described_anew_where_something_differs(cfg, describer, folde
 
     describe_gallery(cfg, index, folder / "found", describer=describer)
     # What is no matter of regions or vectors.
-    for keys in (["FEWSHOT.RETRIEVAL.DEPTH", 3], ["FEWSHOT.RETRIEVAL.INDEX", "Flat"]):
+    for keys in (
+        ["FEWSHOT.RETRIEVAL.DEPTH", 3],
+        ["FEWSHOT.RETRIEVAL.INDEX", "Flat"],
+        ["MODEL.TORCHVISION.WEIGHTS", "elsewhere.pth", "MODEL.ROI_HEADS.NUM_CLASSES", 3],
+    ):
         describe_gallery(retrieval_config(*keys), index, folder / "found", describer=describer)
     assert folders() == 1
     for keys in (["FEWSHOT.RETRIEVAL.SMOOTHING", 2.0], ["INPUT.MAX_SIZE_TEST", 80]):
@@ -329,6 +333,11 @@ def test_proposals_of_a_detector(rng):
     boxes, vectors = describer.regions(query)
     assert 1 < len(boxes) <= 4 and boxes[-1].tolist() == [0, 0, 64, 48]
     torch.testing.assert_close(vectors, describer.vectors(query, boxes))
+    # Of another RPN on the same trunk other regions would come.
+    before = describer.state_sha256()
+    with torch.no_grad():
+        describer.network.proposal_generator.rpn_head.objectness_logits.bias += 1
+    assert describer.state_sha256() != before
 
 
 @pytest.mark.parametrize(

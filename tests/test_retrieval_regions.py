@@ -278,7 +278,9 @@ def test_salient_regions_without_a_seed():
     assert SalientRegions(Backbone())(torch.ones(3, 64, 96)).tolist() == [[0, 0, 96, 64]]
 
 
-@pytest.mark.parametrize("bad", [{"fine": "p2"}, {"last": "res9"}, {"thresholds": (0.2, 0)}, {"thresholds": ()}])
+@pytest.mark.parametrize(
+    "bad", [{"fine": "p2"}, {"last": "res9"}, {"thresholds": (0.2, 0)}, {"thresholds": ()}]
+)
 def test_salient_regions_bad_settings(bad):
     with pytest.raises(ValueError, match="must be"):
         SalientRegions(Backbone(), **bad)

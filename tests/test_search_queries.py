@@ -36,11 +36,17 @@ def test_annotated_queries(index):
     ]
     assert sorted(q.query_id for q in found["all"]) == [80, 90, 91, 92]
     assert not any(q.candidates for q in found["all"])
+    # Of category 12 there are two.
+    assert {q.query_id for q in found["all"]} - {
+        q.query_id for q in annotated_queries(index, "all", per_label=1)
+    } == {92}
 
 
 def test_annotated_queries_bad_input(index):
     with pytest.raises(ValueError, match="one of .* got 'best'"):
         annotated_queries(index, "best")
+    with pytest.raises(ValueError, match="at least 1 of a label, got 'all' and 0"):
+        annotated_queries(index, "all", per_label=0)
     with pytest.raises(ValueError, match="must have annotations, got none in 5 images"):
         annotated_queries(build_index("queries_set", class_ids=()))
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,96 @@ def test_another_run_is_not_overwritten_or_mixed_up(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="other rank lists"):
         run_stages(config(folder, tmp_path / "run", *keys), resume=True)
+
+
+def test_run_keeps_to_its_lists_before_a_stage_has_ended(folder, tmp_path):
+    """Stage 0 is trained and not yet searched, so no stage file tells what it was trained on."""
+    keys = ["FEWSHOT.SELF_PACED.THRESHOLDS", ()]
+    run_stages(config(folder, tmp_path / "run", *keys), resume=False)
+    labels_file(tmp_path / "run", 1).unlink()
+    lists = RankLists.load(folder / "rank_lists.json")
+    replace(lists, lists=lists.lists[:2]).save(folder / "rank_lists.json")
+    with pytest.raises(ValueError, match=f"other rank lists.* {lists.sha256}, got "):
+        run_stages(config(folder, tmp_path / "run", *keys), resume=True)
+    lists.save(folder / "rank_lists.json")
+    (labels,) = run_stages(config(folder, tmp_path / "run", *keys), resume=True)
+    labels.check(lists)
+
+
+def test_lists_without_any_candidate_are_refused_before_training(folder, tmp_path):
+    lists = RankLists.load(folder / "rank_lists.json")
+    empty = tuple(replace(row, candidates=()) for row in lists)
+    replace(lists, lists=empty).save(folder / "rank_lists.json")
+    with pytest.raises(ValueError, match=r"rank_lists\.json must have candidates, got none in 3"):
+        run_stages(config(folder, tmp_path / "run"), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def outside(row):
+    return replace(row, box=(70.0, 5.0, 90.0, 30.0))
+
+
+def unknown(row):
+    return replace(row, candidates=(replace(row.candidates[0], image_id=999), *row.candidates[1:]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (outside, "query 8 .* the box in image 101 must have an area inside its 60 x 40 pixels"),
+        (unknown, "query 8 .* got 999"),
+    ],
+)
+def test_lists_that_do_not_fit_their_data_set_are_refused(folder, tmp_path, spoil, words):
+    """Before training, and where a trained network searches without any."""
+    lists = RankLists.load(folder / "rank_lists.json")
+    lists = replace(lists, lists=(lists.lists[0], spoil(lists.lists[1]), lists.lists[2]))
+    lists.save(folder / "rank_lists.json")
+    cfg = config(folder, tmp_path / "run")
+    with pytest.raises(ValueError, match=words):
+        run_stages(cfg, resume=False)
+    with pytest.raises(ValueError, match=words):
+        search_candidates(cfg, build_model(cfg), lists, stage=1, threshold=0.5)
+
+
+def test_an_empty_list_among_others_is_found_nothing_for(folder, tmp_path):
+    lists = RankLists.load(folder / "rank_lists.json")
+    rows = (replace(lists.lists[0], candidates=()), *lists.lists[1:])
+    replace(lists, lists=rows).save(folder / "rank_lists.json")
+    keys = ["FEWSHOT.SELF_PACED.THRESHOLDS", (0.0,)]
+    for labels in run_stages(config(folder, tmp_path / "run", *keys), resume=False):
+        assert labels.found[0] == () and all(labels.found[1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (("FEWSHOT.TRAIN_ON", "episodes"), "TRAIN_ON must be 'rank_lists'"),
+        (("FEWSHOT.SELF_PACED.RANK_LISTS", ""), "RANK_LISTS a file, got 'rank_lists' and ''"),
+        (("FEWSHOT.SELF_PACED.THRESHOLDS", (0.99, 89.0)), r"THRESHOLDS must be in \[0, 1\]"),
+        (("FEWSHOT.SELF_PACED.BOXES_PER_IMAGE", 0), "BOXES_PER_IMAGE at least 1"),
+        (
+            ("SOLVER.MAX_ITER", 0, "MODEL.WEIGHTS", "x.pth"),
+            "MAX_ITER must be .* none, got 0, 'x.pth'",
+        ),
+    ],
+)
+def test_what_would_fail_after_a_stage_is_refused_before(folder, tmp_path, keys, words):
+    with pytest.raises(ValueError, match=words):
+        run_stages(config(folder, tmp_path / "run", *keys), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_trained_network_on_new_lists_without_training(folder, tmp_path):
+    keys = ["FEWSHOT.SELF_PACED.THRESHOLDS", ()]
+    run_stages(config(folder, tmp_path / "run", *keys), resume=False)
+    lists = RankLists.load(folder / "rank_lists.json")
+    replace(lists, lists=lists.lists[1:]).save(folder / "rank_lists.json")
+    weights = str(tmp_path / "run" / "stage_0" / "model_final.pth")
+    keys += ["SOLVER.MAX_ITER", 0, "MODEL.WEIGHTS", weights]
+    (found,) = run_stages(config(folder, tmp_path / "new", *keys), resume=False)
+    assert found.found == PseudoLabels.load(labels_file(tmp_path / "run", 1)).found[1:]
+    assert not (tmp_path / "new" / "stage_0").exists()
 
 
 def test_stage_configs(folder, tmp_path):

@@ -160,6 +160,20 @@ def test_broken_entry_is_computed_anew(tmp_path, image_path, calls, caplog, monk
     assert len(calls) == 2 and not caplog.text
 
 
+def test_entry_with_a_wrong_bit_is_the_same_or_broken():
+    """Whatever the archive makes of it: unknown versions and encryptions too."""
+    labels = np.arange(600, dtype=np.int32).reshape(20, 30) // 40
+    whole, num_broken = superpixels._packed(labels), 0
+    for place in range(8 * len(whole)):
+        spoiled = bytearray(whole)
+        spoiled[place // 8] ^= 1 << place % 8
+        try:
+            np.testing.assert_array_equal(superpixels._unpacked(bytes(spoiled)), labels)
+        except superpixels._BROKEN:
+            num_broken += 1
+    assert num_broken > len(whole)
+
+
 def test_precompute_skips_what_exists(tmp_path, image_path, calls):
     other = tmp_path / "other.png"
     Image.new("RGB", (8, 8)).save(other)

@@ -60,7 +60,9 @@ def test_head_after_trunk_is_the_whole_classifier(name, end, channels_last, rng)
     assert_close(x / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5)
     # No layer is in both, and none of the features is in neither.
     parts = [sum(p.numel() for p in part.parameters()) for part in (trunk, head)]
-    outside = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in ("fc", "classifier"))
+    outside = sum(
+        p.numel() for n, p in model.named_parameters() if n.split(".")[0] in ("fc", "classifier")
+    )
     assert min(parts) > 0 and sum(parts) == sum(p.numel() for p in model.parameters()) - outside
 
 
@@ -102,7 +104,7 @@ def test_frozen_parts_keep_weights_and_statistics(freeze_at, num_learning, rng):
 
 def test_solver_sees_trained_layers_in_the_head(rng):
     cfg = load_config(
-        str(ROOT / "configs/repmet/coco482_s1.yaml"),
+        str(ROOT / "configs/repmet/coco482_s1_baseline_ft.yaml"),
         [
             *("MODEL.TORCHVISION.WEIGHTS", "", "MODEL.DEVICE", "cpu"),
             *("MODEL.BACKBONE.FREEZE_AT", 4, "SOLVER.BACKBONE_MULTIPLIER", 0.25),
@@ -143,11 +145,16 @@ def test_nothing_comes_after_the_last_map():
         torchvision_features("resnet18", **options, out_features=("res5",), after="res5")
 
 
-
-
 def test_predictor_alone_is_trained_and_tuned(rng):
     """Baseline-DML on a head that stays: an episode tunes its representatives, and queries are described once."""
-    keys = ["MODEL.TORCHVISION.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    keys = [
+        "MODEL.TORCHVISION.WEIGHTS",
+        "",
+        "MODEL.DEVICE",
+        "cpu",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        2,
+    ]
     for trained in ("predictor", "all"):
         path = ROOT / "configs/repmet/coco482_s1_baseline_dml.yaml"
         model = build_model(load_config(str(path), [*keys, "MODEL.REPMET.TRAINED", trained]))

@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", default="", help="one of configs/retrieval")
     parser.add_argument("--query-dataset", help="queries are its boxes (default: --dataset)")
     parser.add_argument("--queries", choices=CHOICES, default="largest", help="box of each image")
+    parser.add_argument("--per-label", type=int, help="so many queries of a category, the first")
     parser.add_argument(
         "--query", action="append", default=[], help="with --images: file:x,y,w,h[:label]; repeat"
     )
@@ -131,7 +132,8 @@ def _planned(args: argparse.Namespace) -> tuple[str, str, tuple[RankList, ...]]:
 def _data_sets(args: argparse.Namespace) -> tuple[str, str, tuple[RankList, ...]]:
     query_dataset = args.query_dataset or args.dataset
     _check_registered(args.dataset, query_dataset)
-    return args.dataset, query_dataset, annotated_queries(build_index(query_dataset), args.queries)
+    queries = annotated_queries(build_index(query_dataset), args.queries, args.per_label)
+    return args.dataset, query_dataset, queries
 
 
 def _folder(args: argparse.Namespace) -> tuple[str, str, tuple[RankList, ...]]:

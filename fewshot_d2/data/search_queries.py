@@ -4,6 +4,7 @@ A query is a ``RankList`` that has no candidates yet.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +28,33 @@ _QUERY = re.compile(rf"(.+?):{','.join([_NUMBER] * 4)}(?::([^:]+))?")
 _ORIENTATION, _TURNED = 274, {5, 6, 7, 8}
 
 
-def annotated_queries(index: InstanceIndex, choice: str = "largest") -> tuple[RankList, ...]:
+def annotated_queries(
+    index: InstanceIndex, choice: str = "largest", per_label: int | None = None
+) -> tuple[RankList, ...]:
     """Queries out of the annotations of a data set, crowds left out; ``label`` is the category id.
 
     Args:
         index: with annotations. choice: "largest" = the largest box of each image, or "all".
+        per_label: so many queries of a label, the first; None = all.
 
     Returns:
         Queries in the order of the data set, whose ``query_id`` are the annotations' ids.
 
     Raises:
-        ValueError: unknown choice, or there is no annotation.
+        ValueError: unknown choice, less than one query of a label, or there is no annotation.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"queries must be one of {CHOICES}, got {choice!r}")
+    if choice not in CHOICES or per_label is not None and per_label < 1:
+        raise ValueError(
+            f"queries must be one of {CHOICES} and at least 1 of a label, got {choice!r} and {per_label}"
+        )
     queries: list[RankList] = []
+    counts: Counter[int] = Counter()
     for image_index in range(len(index.dicts)):
         found = list(_queries_of(index, image_index))
-        queries += found if choice == "all" else sorted(found, key=_order)[:1]
+        for query in found if choice == "all" else sorted(found, key=_order)[:1]:
+            counts[query.label] += 1
+            if per_label is None or counts[query.label] <= per_label:
+                queries.append(query)
     if not queries:
         raise ValueError(
             f"the data set of the queries must have annotations, got none in {len(index.dicts)} images"

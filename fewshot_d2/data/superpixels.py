@@ -25,7 +25,11 @@ from ..files import canonical_sha256, write_bytes
 logger = logging.getLogger(__name__)
 
 _FORMAT = "fewshot_d2/superpixels 1"
-_BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# zipfile takes a wrong bit for a version or an encryption that it does not know: RuntimeError.
+_BROKEN = (
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 class SuperpixelCache:

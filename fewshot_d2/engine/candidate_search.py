@@ -71,13 +71,18 @@ def search_candidates(
     """Find the instance of each query in the images of its list; all queries of an image in one pass.
 
     Args:
-        cfg: keys of the mapper, FEWSHOT.SELF_PACED.BOXES_PER_IMAGE and the loader's. model: any few-shot detector.
+        cfg: keys of the mapper, FEWSHOT.SELF_PACED.BOXES_PER_IMAGE and the loader's.
+        model: any few-shot detector with ROI heads of detectron2. rank_lists: at least one has a candidate.
         stage, threshold: of the labels that are made.
 
     Returns:
         The same labels in every process.
+
+    Raises:
+        ValueError: a list has an image or box that the data sets have not, or a query's image cannot be read.
     """
     query_index, index = pool_indices(rank_lists)
+    rank_lists.check(query_index, index)
     mapper = build_mapper(cfg, is_train=False)
     images = CandidateImages(rank_lists, index, mapper)
     loader = build_detection_test_loader(

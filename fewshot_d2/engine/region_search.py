@@ -30,6 +30,13 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 # Images of a file of regions: what is lost when describing is interrupted.
 _IMAGES_PER_FILE = 500
+# Keys of FEWSHOT.RETRIEVAL that regions and vectors do not depend on, ...
+_OF_THE_INDEX = ("DEPTH", "INDEX", "NUM_PROBES")
+# ... and those of MODEL that they do, besides the weights. Not all of MODEL: regions are to outlast new keys.
+_OF_THE_NETWORK = (
+    *("META_ARCHITECTURE", "BACKBONE", "RESNETS", "FPN", "DEFORMABLE", "TORCHVISION", "TIMM"),
+    *("PROPOSAL_GENERATOR", "ANCHOR_GENERATOR", "RPN", "PIXEL_MEAN", "PIXEL_STD"),
+)
 
 
 def describe_boxes(
@@ -217,17 +224,18 @@ def _gallery_parts(
 
 def _gallery_sha256(cfg: CfgNode, index: InstanceIndex, describer: RegionDescriber) -> str:
     """Hash of all that regions and vectors depend on."""
-    cfg = cfg.clone()
-    cfg.defrost()
+    model, node = cfg.MODEL.clone(), cfg.FEWSHOT.RETRIEVAL.clone()
+    model.defrost()
+    node.defrost()
     # Weights count by what they are, not by where.
-    cfg.MODEL.DEVICE = cfg.MODEL.WEIGHTS = cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    node = cfg.FEWSHOT.RETRIEVAL
-    for key in ("DEPTH", "INDEX", "NUM_PROBES"):
+    model.TORCHVISION.WEIGHTS = model.TIMM.WEIGHTS = ""
+    for key in _OF_THE_INDEX:
         del node[key]
     content = {
         "version": [_VERSION, _IMAGES_PER_FILE],
         "weights": describer.state_sha256(),
-        "config": [cfg.MODEL.dump(), node.dump(), cfg.FEWSHOT.RESIZE_RULE, cfg.FEWSHOT.MAPPER],
+        "model": {key: str(model[key]) for key in _OF_THE_NETWORK},
+        "config": [str(node), cfg.FEWSHOT.RESIZE_RULE, cfg.FEWSHOT.MAPPER],
         "input": [cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],
         "images": [_fingerprint(record) for record in index.dicts],
     }

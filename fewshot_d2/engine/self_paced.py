@@ -2,6 +2,9 @@
 
 A stage is an ordinary training run in OUTPUT_DIR/stage_k with the weights of the one before. What its network finds
 is OUTPUT_DIR/stage_<k + 1>.json; the next stage reads that file and nothing else, so a run goes on after any of them.
+
+A network that was trained on other lists is used on new ones without training (spec B3, item 20) by MODEL.WEIGHTS,
+SOLVER.MAX_ITER 0 and THRESHOLDS ().
 """
 
 import logging
@@ -15,6 +18,7 @@ from detectron2.utils import comm
 from ..checkpoint import FewShotCheckpointer
 from ..data.pseudo_labels import PseudoLabels
 from ..data.rank_lists import RankLists
+from ..files import write_text
 from .candidate_search import search_candidates
 from .trainer import EpisodicTrainer
 
@@ -34,22 +38,61 @@ def train_self_paced(cfg: CfgNode, *, resume: bool) -> list[PseudoLabels]:
         What the network of stage 0, 1, ... found in the candidates; the first are learned from in stage 1.
 
     Raises:
-        ValueError: a run is there that is not to be resumed, or one of other rank lists.
+        ValueError: a run is there that is not to be resumed, or one of other rank lists; a key is out of its range, or
+            no list has a candidate.
     """
+    _check_config(cfg)
     output = Path(cfg.OUTPUT_DIR)
     if not resume and any(output.glob("stage_*")):
         raise ValueError(
             f"{output} must be empty or resumed (--resume), got {next(output.glob('stage_*')).name}"
         )
     rank_lists = RankLists.load(cfg.FEWSHOT.SELF_PACED.RANK_LISTS)
+    if not any(row.candidates for row in rank_lists):
+        raise ValueError(
+            f"{cfg.FEWSHOT.SELF_PACED.RANK_LISTS} must have candidates, got none in {len(rank_lists)} lists"
+        )
+    _keep_to(output, rank_lists)
     found: list[PseudoLabels] = []
     for stage in range(1 + len(cfg.FEWSHOT.SELF_PACED.THRESHOLDS)):
         labels = _finished(cfg, stage, rank_lists)
         if labels is None:
             labels = _run_stage(cfg, stage, rank_lists)
         found.append(labels)
-        _report(stage, labels, rank_lists)
+        _report(cfg, stage, labels, rank_lists)
     return found
+
+
+def _check_config(cfg: CfgNode) -> None:
+    """Refuse what would only fail, or do nothing, once a stage has been trained."""
+    node = cfg.FEWSHOT.SELF_PACED
+    if cfg.FEWSHOT.TRAIN_ON != "rank_lists" or not node.RANK_LISTS:
+        raise ValueError(
+            "FEWSHOT.TRAIN_ON must be 'rank_lists' and FEWSHOT.SELF_PACED.RANK_LISTS a file, got "
+            f"{cfg.FEWSHOT.TRAIN_ON!r} and {node.RANK_LISTS!r}"
+        )
+    if not all(0 <= threshold <= 1 for threshold in node.THRESHOLDS) or node.BOXES_PER_IMAGE < 1:
+        raise ValueError(
+            "FEWSHOT.SELF_PACED.THRESHOLDS must be in [0, 1] and BOXES_PER_IMAGE at least 1, got "
+            f"{node.THRESHOLDS} and {node.BOXES_PER_IMAGE}"
+        )
+    if cfg.SOLVER.MAX_ITER < 1 and (node.THRESHOLDS or not cfg.MODEL.WEIGHTS):
+        raise ValueError(
+            "SOLVER.MAX_ITER must be at least 1 unless MODEL.WEIGHTS are given and THRESHOLDS are none, got "
+            f"{cfg.SOLVER.MAX_ITER}, {cfg.MODEL.WEIGHTS!r} and {node.THRESHOLDS}"
+        )
+
+
+def _keep_to(output: Path, rank_lists: RankLists) -> None:
+    """Remember a run's rank lists: a first stage that has not ended leaves no other trace of them."""
+    path = output / "rank_lists.sha256"
+    known = path.read_text(encoding="utf-8") if path.is_file() else rank_lists.sha256
+    if known != rank_lists.sha256:
+        raise ValueError(
+            f"{output} has a run on other rank lists: they must be those of {known}, got {rank_lists.sha256}"
+        )
+    if comm.is_main_process():
+        write_text(path, rank_lists.sha256)
 
 
 def stage_config(cfg: CfgNode, stage: int) -> CfgNode:
@@ -109,18 +152,20 @@ def threshold_after(cfg: CfgNode, stage: int) -> float:
 
 
 def _save(cfg: CfgNode, labels: PseudoLabels) -> None:
+    # Every process must have read a file that is there before it changes.
+    comm.synchronize()
     if comm.is_main_process():
         labels.save(labels_file(cfg.OUTPUT_DIR, labels.stage))
     comm.synchronize()
 
 
 def _run_stage(cfg: CfgNode, stage: int, rank_lists: RankLists) -> PseudoLabels:
-    """Train unless that is done, then search."""
+    """Train unless that is done or not wanted, then search."""
     of_stage = stage_config(cfg, stage)
     final = Path(of_stage.OUTPUT_DIR) / _FINAL
-    if final.is_file():
+    if final.is_file() or of_stage.SOLVER.MAX_ITER < 1:
         model = build_model(of_stage)
-        FewShotCheckpointer(model).load(str(final))
+        FewShotCheckpointer(model).load(str(final) if final.is_file() else of_stage.MODEL.WEIGHTS)
     else:
         trainer = EpisodicTrainer(of_stage)
         trainer.resume_or_load(resume=True)
@@ -133,10 +178,11 @@ def _run_stage(cfg: CfgNode, stage: int, rank_lists: RankLists) -> PseudoLabels:
     return labels
 
 
-def _report(stage: int, labels: PseudoLabels, rank_lists: RankLists) -> None:
+def _report(cfg: CfgNode, stage: int, labels: PseudoLabels, rank_lists: RankLists) -> None:
+    num_positives = cfg.FEWSHOT.NUM_SHOTS
     confident = [len(labels.confident(row)) for row in range(len(rank_lists))]
     logger.info(
-        "After stage %d: %d of %d candidates are above %.2f, in %d of %d lists at least 5",
+        "After stage %d: %d of %d candidates are above %.2f, in %d of %d lists at least %d",
         *(stage, sum(confident), sum(len(row.candidates) for row in rank_lists), labels.threshold),
-        *(sum(n >= 5 for n in confident), len(confident)),
+        *(sum(n >= num_positives for n in confident), len(confident), num_positives),
     )

@@ -15,6 +15,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..checkpoint import FewShotCheckpointer
+from ..modeling.detector import FewShotDetector
 from .regions import ProposalRegions, SalientRegions, describe_regions
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class RegionDescriber(nn.Module):
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        network: nn.Module,
         find_regions: Callable[[Tensor], Tensor],
         layers: Sequence[str],
         pixel_mean: Sequence[float],
@@ -40,7 +41,7 @@ class RegionDescriber(nn.Module):
         """Take the parts.
 
         Args:
-            backbone: any of detectron2's.
+            network: all that finds and describes regions; its ``backbone`` is any of detectron2's.
             find_regions: a region source, see ``regions``.
             layers: names of the backbone's maps that describe.
             pixel_mean, pixel_std: of the channels, in the order in which images come.
@@ -49,12 +50,12 @@ class RegionDescriber(nn.Module):
             ValueError: the backbone has no such map.
         """
         super().__init__()
-        shapes = backbone.output_shape()
+        shapes = network.backbone.output_shape()
         if not layers or not set(layers) <= shapes.keys():
             raise ValueError(
                 f"FEWSHOT.RETRIEVAL.LAYERS must be among {sorted(shapes)}, got {list(layers)}"
             )
-        self.backbone = backbone
+        self.network = network
         self._find_regions = find_regions
         self._strides = {name: shapes[name].stride for name in layers}
         self.register_buffer("_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
@@ -65,11 +66,11 @@ class RegionDescriber(nn.Module):
         """Build the network and its region source, with the weights of the config."""
         node = cfg.FEWSHOT.RETRIEVAL
         if node.REGIONS == "proposals":
-            backbone, find_regions = _proposals(cfg)
+            network, find_regions = _proposals(cfg)
         else:
-            backbone = _loaded(_Trunk(build_backbone(cfg)), cfg).backbone
+            network = _loaded(_Trunk(build_backbone(cfg)), cfg)
             find_regions = SalientRegions(
-                backbone,
+                network.backbone,
                 fine=node.FINE,
                 last=node.LAST,
                 num_seeds=node.NUM_REGIONS,
@@ -78,12 +79,17 @@ class RegionDescriber(nn.Module):
                 nms_iou=node.NMS_IOU,
             )
         return {
-            "backbone": backbone,
+            "network": network,
             "find_regions": find_regions,
             "layers": node.LAYERS,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Its maps describe."""
+        return self.network.backbone
 
     def regions(self, query: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The regions of an image and what they look like.
@@ -123,9 +129,9 @@ class RegionDescriber(nn.Module):
         return self._described(self._normalised(query), scaled)
 
     def state_sha256(self) -> str:
-        """Hash of all weights, wherever they are from."""
+        """Hash of all weights of the network, wherever they are from."""
         digest = hashlib.sha256()
-        for name, value in self.state_dict().items():
+        for name, value in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -181,13 +187,14 @@ def _loaded(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
 def _proposals(cfg: CfgNode) -> tuple[nn.Module, ProposalRegions]:
     """Backbone and RPN of an ordinary detector, whose classes do not matter."""
-    # Few-shot detectors propose for examples, of which there are none yet.
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+    model = build_model(cfg)
+    # Most few-shot detectors propose for examples, of which there are none yet.
+    if isinstance(model, FewShotDetector) and not hasattr(model, "propose"):
         raise ValueError(
-            "FEWSHOT.RETRIEVAL.REGIONS 'proposals' needs MODEL.META_ARCHITECTURE GeneralizedRCNN, got "
-            f"{cfg.MODEL.META_ARCHITECTURE}"
+            "FEWSHOT.RETRIEVAL.REGIONS 'proposals' needs a MODEL.META_ARCHITECTURE that proposes without examples, "
+            f"such as GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
         )
-    model = _loaded(build_model(cfg), cfg)
+    _loaded(model, cfg)
 
     @torch.no_grad()
     def propose(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,6 +203,4 @@ def _proposals(cfg: CfgNode) -> tuple[nn.Module, ProposalRegions]:
         return found.proposal_boxes.tensor, found.objectness_logits
 
     node = cfg.FEWSHOT.RETRIEVAL
-    return model.backbone, ProposalRegions(
-        propose, num_regions=node.NUM_REGIONS, nms_iou=node.NMS_IOU
-    )
+    return model, ProposalRegions(propose, num_regions=node.NUM_REGIONS, nms_iou=node.NMS_IOU)

@@ -1,5 +1,7 @@
 """SPIL: correlation, losses of pairs, look-alikes and the kept trunk."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from factories import random_query, random_support_set, tiny_spil
 from torch.testing import assert_close
 
+from fewshot_d2.checkpoint import FewShotCheckpointer
 from fewshot_d2.modeling.matching import depthwise_correlation
 from fewshot_d2.systems.spil.lookalikes import is_covered, set_lookalikes, without_lookalikes
 
@@ -23,10 +26,13 @@ def losses_of(model, *queries):
         return model(list(queries))
 
 
+def only_class_of(support, k):
+    return type(support)([support.class_ids[k]], [support.class_names[k]], [support.examples[k]])
+
+
 def only_class(query, k):
     """The query with class ``k`` of its support alone."""
-    support = query["support"]
-    part = type(support)([support.class_ids[k]], [support.class_names[k]], [support.examples[k]])
+    part = only_class_of(query["support"], k)
     instances = query["instances"][query["instances"].gt_classes == k]
     instances.gt_classes = torch.zeros_like(instances.gt_classes)
     return {**query, "support": part, "instances": instances}
@@ -64,8 +70,33 @@ def test_kernels_are_means_over_crop_and_shots(rng, norm):
             means.append(model.backbone(image[None])["res4"][0].mean(dim=(1, 2)))
         expected = torch.stack(means).mean(dim=0)
         if norm == "channel_mean":
-            expected = expected / expected.mean()
+            expected = expected / (sum(map(abs, expected.tolist())) / len(expected))
         assert_close(encoded[k], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_kernel_of_an_empty_map_is_zero_and_not_nan(rng, monkeypatch):
+    model = tiny_spil("MODEL.SPIL.KERNEL_NORM", "channel_mean")
+    empty = torch.zeros(1, 96, 2, 2)
+    monkeypatch.setattr(model.backbone, "forward", lambda images: {"res4": empty})
+    (kernel,) = model.encode_support([random_support_set(rng, ways=1)]).tensors["res4"]
+    assert torch.equal(kernel, torch.zeros(96))
+
+
+@torch.no_grad()
+def test_kernels_normalised_over_the_step(rng):
+    support = random_support_set(rng, ways=3)
+    plain = tiny_spil().encode_support([support]).tensors["res4"]
+    model = tiny_spil("MODEL.SPIL.KERNEL_NORM", "batch_norm")
+    mean, variance = plain.mean(dim=0), plain.var(dim=0, unbiased=False)
+    expected = (plain - mean) / (variance + 1e-5).sqrt()
+    assert_close(model.encode_support([support]).tensors["res4"], expected, atol=1e-4, rtol=1e-3)
+    # In inference by what training has seen, so that a class's kernel depends on it alone.
+    model.eval()
+    tracked = 0.9 + 0.1 * plain.var(dim=0)
+    expected = (plain - 0.1 * mean) / (tracked + 1e-5).sqrt()
+    alone = model.encode_support([only_class_of(support, 1)]).tensors["res4"]
+    assert_close(alone[0], expected[1], atol=1e-4, rtol=1e-3)
 
 
 def test_negative_pass_has_no_box_and_mask_loss_and_finite_gradients(rng):
@@ -139,6 +170,11 @@ def test_unknown_choices_are_refused():
         tiny_spil("MODEL.SPIL.KERNEL_NORM", "l2")
     with pytest.raises(ValueError, match="ATTENTION_LAYER must be one of"):
         tiny_spil("MODEL.SPIL.ATTENTION_LAYER", "res5")
+    # Both are defaults of detectron2, and would train something else in silence.
+    with pytest.raises(ValueError, match="must be LookalikeRPN for SPIL, got RPN"):
+        tiny_spil("MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+    with pytest.raises(ValueError, match="NUM_CLASSES must be 1 for SPIL, got 80"):
+        tiny_spil("MODEL.ROI_HEADS.NUM_CLASSES", 80)
 
 
 def test_missing_superpixels_are_named(rng):
@@ -244,6 +280,35 @@ def test_trained_trunk_is_kept_once(rng):
     again.training_hooks(None, 1)[0].before_train()
     assert torch.equal(again.co_attention.features(images, {}), kept)
     assert not any(p.requires_grad for p in again.co_attention.parameters())
+
+
+def test_imagenet_weights_are_for_the_backbone_alone(tmp_path):
+    """A file that detectron2 matches by the ends of names, which trunk and backbone share."""
+    source = tiny_spil("MODEL.BACKBONE.FREEZE_AT", 0, seed=1).backbone.state_dict()
+    content = {"model": {k: v.numpy() for k, v in source.items()}, "__author__": "somebody"}
+    (tmp_path / "imagenet.pkl").write_bytes(pickle.dumps(content))
+    model = tiny_spil("MODEL.BACKBONE.FREEZE_AT", 0)
+    FewShotCheckpointer(model).load(str(tmp_path / "imagenet.pkl"))
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, source[name]), name
+    assert not any("trunk" in name for name in model.state_dict())
+    model.training_hooks(None, 1)[0].before_train()
+    for name, value in model.co_attention.trunk.state_dict().items():
+        assert torch.equal(value, source[name]), name
+
+
+def test_checkpoints_have_the_kept_trunk(tmp_path):
+    model = tiny_spil("MODEL.BACKBONE.FREEZE_AT", 0)
+    model.training_hooks(None, 1)[0].before_train()
+    FewShotCheckpointer(model, str(tmp_path)).save("kept")
+    again = tiny_spil("MODEL.BACKBONE.FREEZE_AT", 0, seed=1)
+    FewShotCheckpointer(again).load(str(tmp_path / "kept.pth"))
+    kept = model.co_attention.trunk.state_dict()
+    assert again.co_attention.is_kept
+    assert kept and all(
+        torch.equal(value, kept[name])
+        for name, value in again.co_attention.trunk.state_dict().items()
+    )
 
 
 def test_fpn_by_key(rng):

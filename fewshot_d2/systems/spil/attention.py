@@ -7,6 +7,7 @@ are XYXY in pixels of the network's image, whose size is (height, width).
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,18 @@ class CoAttention(nn.Module):
         if not self.is_kept:
             self.trunk.load_state_dict(getattr(backbone, "bottom_up", backbone).state_dict())
             self._is_kept.fill_(True)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """As of any module, but without a trunk that has yet to be copied.
+
+        detectron2 matches files of ImageNet weights by the ends of names, which are the same in trunk and backbone, and
+        refuses a file that fits both.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if not self.is_kept:
+            for name in [name for name in state if name.startswith(f"{prefix}trunk.")]:
+                del state[name]
+        return state
 
     def train(self, mode: bool = True) -> "CoAttention":
         """Stay in inference mode: norms of the copy must not move."""

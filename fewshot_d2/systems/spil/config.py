@@ -7,7 +7,9 @@ def add_config(cfg: CfgNode) -> None:
     """Add MODEL.SPIL; items are those of spec B3."""
     node = cfg.MODEL.SPIL = CfgNode()
     # "none": the mean over crop and shots as it is (paper eq. 3); "channel_mean": divided by the mean over its
-    # channels, so that frozen norms behind the correlation see magnitudes like those before it (item 5).
+    # channels, so that frozen norms behind the correlation see magnitudes like those before it (item 5); "batch_norm":
+    # over the kernels of a step, channel by channel, which leaves what tells instances apart (SiamRPN++ has such a
+    # norm before its correlation).
     node.KERNEL_NORM = "none"
     # What the box and mask heads pool: the "correlated" map like the RPN (paper), or the plain one of the "query"
     # (FSOD; item 2).

@@ -22,9 +22,9 @@ from ...modeling.detector import FewShotDetector, Pairs
 from ...modeling.matching import average_pool, depthwise_correlation, mean_over_shots
 from ...structures import SupportFeatures, SupportSet
 from .attention import CoAttention, KeepTrunk
-from .lookalikes import without_lookalikes
+from .lookalikes import LookalikeRPN, without_lookalikes
 
-KERNEL_NORMS = ("none", "channel_mean")
+KERNEL_NORMS = ("none", "channel_mean", "batch_norm")
 ROI_FEATURES = ("correlated", "query")
 
 
@@ -61,13 +61,25 @@ class SPIL(FewShotDetector):
         """Add to the shell.
 
         Args:
-            proposal_generator: gives losses pair by pair, see ``LookalikeRPN``.
+            proposal_generator: gives losses pair by pair, as ``LookalikeRPN`` alone does.
             roi_heads: any of detectron2's, with one class.
             kernel_norm: one of ``KERNEL_NORMS``. roi_features: one of ``ROI_FEATURES``.
             co_attention: makes the masks; None = those of the data set are used, if masks are learned at all.
             lookalike_coverage: of ``without_lookalikes``.
+
+        Raises:
+            ValueError: a part or a choice is another.
         """
         super().__init__(**kwargs)
+        if not isinstance(proposal_generator, LookalikeRPN):
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.NAME must be LookalikeRPN for SPIL, got "
+                f"{type(proposal_generator).__name__}"
+            )
+        if roi_heads.num_classes != 1:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES must be 1 for SPIL, got {roi_heads.num_classes}"
+            )
         if kernel_norm not in KERNEL_NORMS:
             raise ValueError(f"SPIL.KERNEL_NORM must be one of {KERNEL_NORMS}, got {kernel_norm!r}")
         if roi_features not in ROI_FEATURES:
@@ -75,6 +87,10 @@ class SPIL(FewShotDetector):
                 f"SPIL.ROI_FEATURES must be one of {ROI_FEATURES}, got {roi_features!r}"
             )
         self.proposal_generator, self.roi_heads = proposal_generator, roi_heads
+        self.kernel_batch_norms = nn.ModuleDict()
+        if kernel_norm == "batch_norm":
+            for name, shape in self.backbone.output_shape().items():
+                self.kernel_batch_norms[name] = nn.BatchNorm1d(shape.channels, affine=False)
         self.kernel_norm, self.roi_features = kernel_norm, roi_features
         self.co_attention, self.lookalike_coverage = co_attention, lookalike_coverage
 
@@ -163,7 +179,9 @@ class SPIL(FewShotDetector):
             for name, features in crops.maps.items()
         }
         if self.kernel_norm == "channel_mean":
-            kernels = {name: k / k.mean(dim=1, keepdim=True) for name, k in kernels.items()}
+            kernels = {name: _divided_by_mean(kernel) for name, kernel in kernels.items()}
+        for name, norm in self.kernel_batch_norms.items():
+            kernels[name] = norm(kernels[name])
         return self.support_features(kernels, support_sets)
 
     def _label(
@@ -225,3 +243,8 @@ class SPIL(FewShotDetector):
         of_queries = list(every)
         chosen = zip(pairs.query, pairs.episode_class, strict=True)
         return torch.tensor([of_queries[q][k] for q, k in chosen], device=self.device)
+
+
+def _divided_by_mean(kernels: Tensor) -> Tensor:
+    """Kernels (Tensor[K, C]) by the mean size of their numbers, which maps without a ReLU have of both signs."""
+    return kernels / kernels.abs().mean(dim=1, keepdim=True).clamp(min=1e-12)

@@ -57,8 +57,8 @@ def covered_share(pixels: Tensor, boxes: Tensor) -> Tensor:
 def without_lookalikes(proposals: Instances, target: Instances, coverage: float) -> Instances:
     """The proposals that do not lie on look-alikes.
 
-    None of those that are left out would have been foreground: look-alikes are outside of all boxes of the target, so
-    half a box of them leaves an IoU of a half at most.
+    From a coverage of a half on, none of those that are left out would have been foreground: look-alikes are outside of
+    all boxes of the target, to the pixel, so half a box of them leaves an IoU of a half at most.
     """
     return proposals[~is_covered(target, proposals.proposal_boxes, coverage)]
 
