@@ -126,9 +126,7 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except _BROKEN as error:
         reason = printable(str(error) or type(error).__name__)
-        raise ValueError(
-            f"{printable(path)} must be a support-set file, got: {reason}"
-        ) from error
+        raise ValueError(f"{printable(path)} must be a support-set file, got: {reason}") from error
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MEMBER_BYTES) -> bytes:
