@@ -131,7 +131,9 @@ class MeasuredRow:
 def search_row(rank_lists: RankLists, truth: SearchTruth) -> MeasuredRow:
     """What the search itself found."""
     queries = [truth.query(row, [c.box for c in row.candidates]) for row in rank_lists]
-    return MeasuredRow("", "search", queries, {"num_own_or_crowd_left_out": _left_out(queries, rank_lists)})
+    return MeasuredRow(
+        "", "search", queries, {"num_own_or_crowd_left_out": _left_out(queries, rank_lists)}
+    )
 
 
 def stage_row(

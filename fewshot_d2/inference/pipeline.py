@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,34 +31,3 @@ def mapped_ahead(
         finally:
             for future in waiting:
                 future.cancel()
-
-
-class Background:
-    """Calls that nobody waits for, until too many are unfinished; a context manager that ends with all of them done.
-
-    The first exception is raised by a later ``submit`` or at the end.
-    """
-
-    def __init__(self, *, workers: int = 1, ahead: int = 8):
-        """Start ``workers`` threads; ``submit`` waits while more than ``ahead`` calls are unfinished."""
-        self._pool = ThreadPoolExecutor(workers)
-        self._waiting: deque[Future] = deque()
-        self._ahead = ahead
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call ``function(*args)`` in a thread."""
-        self._waiting.append(self._pool.submit(function, *args))
-        while len(self._waiting) > self._ahead:
-            self._waiting.popleft().result()
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is not None:
-            for future in self._waiting:
-                future.cancel()
-        self._pool.shutdown(wait=True)
-        if kind is None:
-            for future in self._waiting:
-                future.result()
