@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -18,7 +18,7 @@ from detectron2.structures import Instances
 from .checkpoint import FewShotCheckpointer
 from .config import load_config
 from .decoding import read_rgb
-from .inference.feature_store import load_features, model_sha256, save_with_features
+from .inference.feature_store import load_features, model_sha256, save_keeping_features
 from .inference.pipeline import mapped_ahead
 from .structures import SupportFeatures, SupportSet
 from .transforms import ResizeByRule
@@ -99,26 +99,36 @@ class FewShotPredictor:
         """Hash of weights and settings: features of supports are good for this predictor alone."""
         return model_sha256(self.model, self.cfg)
 
-    def set_support(self, support: SupportSet | SupportFeatures | str | Path) -> SupportFeatures:
+    def set_support(
+        self,
+        support: SupportSet | SupportFeatures | str | Path,
+        *,
+        stored_in: Sequence[str | Path] = (),
+    ) -> SupportFeatures:
         """Encode the examples (or take encoded ones) for all later calls of ``predict``.
 
         Args:
-            support: examples, features, or a support-set file, whose stored features are used if they are this
-                model's and of these examples.
+            support: examples, features, or a support-set file.
+            stored_in: support-set files; features in them are taken if they are this model's and of these examples.
+                A file that is given as ``support`` is one of them.
         """
         if isinstance(support, (str, Path)):
-            support_set = SupportSet.load(support)
-            stored = load_features(support, support_set, self.sha256)
-            support = support_set if stored is None else stored.to(self.cfg.MODEL.DEVICE)
+            support, stored_in = SupportSet.load(support), [support, *stored_in]
         if isinstance(support, SupportSet):
-            with torch.no_grad():
-                support = self.model.encode_support([support])
-        self.support = support
-        return support
+            stored = (load_features(file, support, self.sha256) for file in stored_in)
+            support = next(filter(None, stored), None) or self._encoded(support)
+        self.support = support.to(self.cfg.MODEL.DEVICE)
+        return self.support
+
+    @torch.no_grad()
+    def _encoded(self, support_set: SupportSet) -> SupportFeatures:
+        return self.model.encode_support([support_set])
 
     def save_support(self, path: str | Path, support_set: SupportSet) -> None:
-        """Set the support and write it with its features to a support-set file."""
-        save_with_features(path, support_set, self.set_support(support_set), self.sha256)
+        """Set the support and write it with its features to a support-set file, for later runs of this model."""
+        stored_in = [path] if Path(path).exists() else []
+        features = self.set_support(support_set, stored_in=stored_in)
+        save_keeping_features(path, support_set, {self.sha256: features})
 
     @contextlib.contextmanager
     def fine_tuned(self, support_set: SupportSet) -> Iterator[SupportFeatures]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-from ..predictor import FewShotPredictor
+from ..predictor import FewShotPredictor, ImageSource
 from ..structures import Support, SupportSet
 
 _MIN_IOU = 0.5
@@ -58,13 +58,13 @@ class ClassCheck:
 
 
 def check_examples(
-    predictor: FewShotPredictor, support_set: SupportSet, unlabelled: Iterable[np.ndarray] = ()
+    predictor: FewShotPredictor, support_set: SupportSet, unlabelled: Iterable[ImageSource] = ()
 ) -> list[ClassCheck]:
     """Check every positive example.
 
     Args:
         predictor: of any system; its support is all examples afterwards.
-        unlabelled: pictures (uint8, (H, W, 3), BGR) of the kind that will be searched, whatever is on them.
+        unlabelled: pictures of the kind that will be searched, whatever is on them; unreadable ones are left out.
     """
     checks = [ClassCheck(name) for name in support_set.class_names]
     for k, shots in enumerate(support_set.positives()):
@@ -128,10 +128,11 @@ def _scores_on(instances: Instances, shot: Support, num_classes: int) -> np.ndar
 
 
 def _unlabelled_scores(
-    predictor: FewShotPredictor, pictures: Iterable[np.ndarray], num_classes: int
+    predictor: FewShotPredictor, pictures: Iterable[ImageSource], num_classes: int
 ) -> list[list[float]]:
     scores: list[list[float]] = [[] for _ in range(num_classes)]
-    for instances in predictor.predict(pictures):
+    found = (query.instances for query in predictor.search(pictures) if query.error is None)
+    for instances in found:
         for k in range(num_classes):
             of_class = instances.scores[instances.pred_classes == k]
             scores[k] += sorted(of_class.tolist(), reverse=True)[:_PER_PICTURE]

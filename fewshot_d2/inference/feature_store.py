@@ -5,6 +5,8 @@ the last bit. The names and ids of classes may have changed: features do not dep
 """
 
 import hashlib
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from ..files import canonical_sha256
 from ..structures import SupportFeatures, SupportSet
 from ..support_files import MAX_MEMBER_BYTES, read_features, write_archive
+
+logger = logging.getLogger(__name__)
 
 # To be raised when the code changes so that old features are of no use.
 _VERSION = 1
@@ -81,28 +85,31 @@ def load_features(
     )
 
 
-def save_with_features(
-    path: str | Path, support_set: SupportSet, features: SupportFeatures, model_hash: str
+def save_keeping_features(
+    path: str | Path, support_set: SupportSet, added: Mapping[str, SupportFeatures] | None = None
 ) -> None:
-    """Write the support set with its features, atomically; those of other models in that file stay if still good.
+    """Write the support set, atomically, with those features of an older file of that name that are still good.
+
+    Features that are too large for a file are left out, with a warning.
+
+    Args:
+        added: {hash of a model: its features}.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: a tensor is too large for the file.
+        ValueError: the older file is broken.
     """
-    sizes = {name: t.numel() * t.element_size() for name, t in features.tensors.items()}
-    if max(sizes.values(), default=0) > MAX_MEMBER_BYTES:
-        raise ValueError(f"features must be at most {MAX_MEMBER_BYTES} bytes each, got {sizes}")
     examples_hash = examples_sha256(support_set)
-    others = read_features(path) if Path(path).exists() else {}
-    kept = {
-        model: entry
-        for model, entry in others.items()
-        if entry.get("examples_sha256") == examples_hash
-    }
-    kept[model_hash] = {
-        "system": features.system,
-        "examples_sha256": examples_hash,
-        "tensors": features.tensors,
-    }
+    older = read_features(path) if Path(path).exists() else {}
+    kept = {m: entry for m, entry in older.items() if entry.get("examples_sha256") == examples_hash}
+    for model, features in (added or {}).items():
+        largest = max((t.numel() * t.element_size() for t in features.tensors.values()), default=0)
+        if largest > MAX_MEMBER_BYTES:
+            logger.warning("Features of %d bytes are not kept in %s", largest, path)
+            continue
+        kept[model] = {
+            "system": features.system,
+            "examples_sha256": examples_hash,
+            "tensors": features.tensors,
+        }
     write_archive(path, support_set.rows(), kept)

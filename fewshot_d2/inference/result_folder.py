@@ -161,13 +161,31 @@ def _coco_rows(
     ]
     if instances.has("pred_masks"):
         for row, mask in zip(rows, instances.pred_masks.numpy(), strict=True):
-            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            row["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+            row["segmentation"] = rle_of_mask(mask)
     return rows
 
 
+def rle_of_mask(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed RLE of a bool mask (H, W), the same as of ``pycocotools.mask.encode``.
+
+    That one turns whole masks into other types and orders first; here only the columns of the object are looked at.
+    """
+    height, width = mask.shape
+    columns = np.flatnonzero(mask.any(axis=0))
+    first, end = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+    inside = np.zeros((end - first) * height + 2, dtype=bool)
+    inside[1:-1] = mask[:, first:end].T.reshape(-1)
+    changes = np.flatnonzero(inside[1:] != inside[:-1]) + first * height
+    ends = changes.tolist()
+    if not ends or ends[-1] < height * width:
+        ends.append(height * width)
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode()}
+
+
 def _write_jpeg(path: Path, pixels: np.ndarray) -> None:
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=False) as temporary:
         picture = Image.fromarray(np.ascontiguousarray(pixels))
         picture.save(temporary, "JPEG", quality=_JPEG_QUALITY)
 
