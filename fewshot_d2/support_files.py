@@ -81,8 +81,7 @@ def read_archive(path: str | Path) -> list[tuple[int, str, list[Example]]]:
     """Read (id, name, examples) of each class.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: it is no support set or a part of it is broken; the message names file and part.
+        ValueError: it cannot be opened, is no support set, or a part of it is broken; the message names file and part.
     """
     with _opened(path) as archive:
         header = json.loads(_read_member(archive, _INDEX, _MAX_INDEX_BYTES))

@@ -1,8 +1,8 @@
 """What ``fewshot-d2 find`` costs beyond the model itself, and whether its memory grows with the number of pictures.
 
-Pictures are made of noise, and without --weights the model is random: the threshold is set so that some detections a
-picture are drawn, cut out and counted, as in a real run. Rounds of the model alone and of ``find`` alternate, so that slow
-spells of the machine hit both alike.
+Pictures are noise, and without --weights the model is random: the threshold is set so that some detections are
+drawn, cut out and counted, as in a real run. Rounds of the model alone and of ``find`` alternate, so that slow spells
+of the machine hit both alike.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def build_predictor(args: argparse.Namespace) -> FewShotPredictor:
     cfg = _config_of(config, args.opts)
     weights = weights or cfg.MODEL.WEIGHTS
     if not weights or not Path(weights).is_file():
-        raise ValueError(f"--weights must be a checkpoint file, got {printable(weights)!r}")
+        raise ValueError(f"--weights must be a checkpoint file, got '{printable(weights)}'")
     if args.batch_size < 0 or args.workers < 1:
         raise ValueError(
             f"--batch-size must be at least 0 and --workers 1, got {args.batch_size} and {args.workers}"
@@ -75,7 +75,7 @@ def build_predictor(args: argparse.Namespace) -> FewShotPredictor:
 
 def _config_of(config_file: str, options: Sequence[str]) -> Any:
     if not Path(config_file).is_file():
-        raise ValueError(f"--config-file must be a file, got {printable(config_file)!r}")
+        raise ValueError(f"--config-file must be a file, got '{printable(config_file)}'")
     try:
         return load_config(config_file, options)
     # yacs and detectron2 assert; a key that does not exist is a KeyError.

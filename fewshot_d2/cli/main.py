@@ -1,9 +1,11 @@
 """The command ``fewshot-d2``: show it one, find all."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
+from ..decoding import printable
 from . import check, doctor, find, supports
 
 
@@ -18,11 +20,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 = done, 1 = done and something is wrong, 2 = the input cannot be used."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may have bytes that no terminal can show.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(arguments)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
-        print(f"fewshot-d2: {error}", file=sys.stderr)
+        print(f"fewshot-d2: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewshot-d2: interrupted", file=sys.stderr)

@@ -96,7 +96,7 @@ def _files_of(pattern: str) -> list[str]:
         found = [name for name in matches if not os.path.isdir(name)]
     if not found:
         raise ValueError(
-            f"images must be a folder with images, a file or a pattern that matches some, got {printable(pattern)!r}"
+            f"images must be a folder with images, a file or a pattern that matches some, got '{printable(pattern)}'"
         )
     return sorted(found)
 

@@ -66,7 +66,7 @@ class SupportSpecification:
 
 
 def _unreadable(text: str) -> ValueError:
-    return ValueError(f"support must be {SPECIFICATION}, got {printable(text)!r}")
+    return ValueError(f"support must be {SPECIFICATION}, got '{printable(text)}'")
 
 
 def support_set_of(texts: Iterable[str]) -> SupportSet:
