@@ -1,5 +1,6 @@
 """Support-set files for ``fuzz_inputs.py``: good ones, broken ones and hostile ones."""
 
+import copy
 import functools
 import io
 import json
@@ -91,9 +92,10 @@ def change_json(content: Any, rng: Random) -> Any:
     if rng.random() < 0.2:
         del node[key]
     elif isinstance(node, list) and rng.random() < 0.3:
-        node.append(node[key])
+        node.append(copy.deepcopy(node[key]))
     else:
-        node[key] = rng.choice(ODD_VALUES)
+        # Values are changed in their turn, and must not be within themselves.
+        node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
     return content
 
 
