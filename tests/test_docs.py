@@ -65,9 +65,13 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     runpy.run_path("tools/make_example.py")["make_example"](tmp_path / "output/demo/example", 1)
     yield tmp_path
+    forget_data_set()
+    META_ARCH_REGISTRY._obj_map.pop("SimilarCells", None)
+
+
+def forget_data_set():
     DatasetCatalog.pop("mine", None)
     MetadataCatalog.pop("mine", None)
-    META_ARCH_REGISTRY._obj_map.pop("SimilarCells", None)
 
 
 def run(command, monkeypatch):
@@ -77,6 +81,8 @@ def run(command, monkeypatch):
         assert main(words[1:]) in ((0, 1) if words[1] == "check" else (0,)), command
         return
     assert words[0] == "python" and words[1].endswith(".py"), command
+    # Each command is a process of its own.
+    forget_data_set()
     extra = list(map(str, TINY_RUN)) if words[1] == "tools/train_net.py" else []
     monkeypatch.setattr(sys, "argv", [*words[1:], *extra])
     runpy.run_path(words[1], run_name="__main__")
