@@ -123,8 +123,9 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
             raise ValueError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except _BROKEN as error:
-        reason = printable(str(error) or type(error).__name__)
+    except (OSError, *_BROKEN) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = printable(reason)
         raise ValueError(f"{printable(path)} must be a support-set file, got: {reason}") from error
 
 
