@@ -267,7 +267,8 @@ def main() -> int:
                 kind, outcome = find_case(folder, rng, model, watch)
             else:
                 case = (specification_case, archive_case, image_case)[number % 3]
-                kind, outcome = case(folder, rng)
+                with watch.nothing_but(folder):
+                    kind, outcome = case(folder, rng)
             failures += [f"case {number}: {kind}: {outcome}"] if outcome.startswith(FAILED) else []
             failures += [f"case {number}: {kind}: wrote {v}" for v in watch.violations]
             watch.violations.clear()
