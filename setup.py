@@ -15,6 +15,7 @@ REQUIREMENTS = [
     "iopath>=0.1.7",
     "yacs>=0.1.8",
     "tqdm>=4.29",
+    "tabulate>=0.8",
     "matplotlib>=3.5",
     "tensorboard>=2.9",
     "scikit-learn>=1.2",
@@ -45,4 +46,6 @@ setup(
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
+    # The doctor starts the command: it must speak where nothing else can be imported.
+    entry_points={"console_scripts": ["fewshot-d2 = fewshot_d2_doctor:command"]},
 )

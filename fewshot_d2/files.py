@@ -14,8 +14,12 @@ import torch
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it on success, remove it on failure.
+
+    Args:
+        path: the final file. durable: wait until the disk has it, so that not even a power cut leaves half of it; for
+            thousands of small pictures that takes longer than making them.
 
     Raises:
         OSError: with the final file's name, if writing failed; a file that was there before is untouched.
@@ -27,7 +31,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        if durable:
+            _flush_to_disk(temporary)
         # mkstemp makes files that only their owner may read; results are ordinary files.
         temporary.chmod(0o644)
         temporary.replace(path)

@@ -5,30 +5,22 @@ R ROIs, L levels, C,H,W query map, h,w support map, D embedding dimension, M mod
 
 A *query dict* is detectron2's (``image, height, width, image_id, file_name, instances``) plus ``support``, a
 ``SupportSet``, and in evaluation ``episode_id``. ``instances.gt_classes`` are episode-local, 0..K-1, in the order of
-``support.class_ids``. This module imports nothing else of ours.
+``support.class_ids``. Of ours this module imports only what reads and writes files.
 """
 
 import dataclasses
-import io
-import json
 import pickle
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import atomic_path, write_tensors
-
-_FORMAT = "fewshot_d2/support_set"
-_VERSION = 1
-# A member or an image larger than this is refused unread: a few kilobytes of zip can declare terabytes.
-_MAX_MEMBER_BYTES = 64 << 20
-_MAX_PIXELS = 64_000_000
+from .decoding import printable, read_rgb
+from .files import write_tensors
+from .support_files import read_archive, write_archive
 
 
 @dataclass
@@ -66,24 +58,34 @@ class Support:
             )
 
     @classmethod
-    def from_file(cls, path: str | Path, box: Sequence[float] | None = None) -> "Support":
+    def from_file(
+        cls,
+        path: str | Path,
+        box: Sequence[float] | None = None,
+        mask: str | Path | None = None,
+        *,
+        negative: bool = False,
+    ) -> "Support":
         """Read an image of the user's, turned as its EXIF tag says.
 
         Args:
-            path: any format that Pillow reads.
-            box: XYXY in pixels of the image; None = the whole image is the example.
+            path: see ``decoding.read_rgb``.
+            box: XYXY in pixels of the image; None = the box around ``mask``, or the whole image without one.
+            mask: an image of the same size, white (brighter than half) where the example is.
+            negative: the example shows what must not be found.
 
         Raises:
-            ValueError: missing, broken or too large; names the file.
+            ValueError: missing, broken or too large, or a box or mask that does not fit; names the file.
         """
+        image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
+        inside = None if mask is None else torch.from_numpy(read_rgb(mask)[:, :, 0] > 127)
         try:
-            with Image.open(path) as image:
-                _check_pixels(image)
-                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} must be a readable image, got: {error}") from error
-        corners = None if box is None else torch.tensor(box, dtype=torch.float32)
-        return cls(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), corners)
+            corners = None if box is None else torch.tensor(box, dtype=torch.float32)
+            if inside is not None and corners is None:
+                corners = _box_of_mask(inside)
+            return cls(image, corners, inside, negative)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{printable(path)}: {error}") from error
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -111,6 +113,15 @@ def _checked_box(box: Tensor, *, height: int, width: int) -> Tensor:
             f"support box must have an area inside its {width}x{height} image, got XYXY {box.tolist()}"
         )
     return clipped
+
+
+def _box_of_mask(mask: Tensor) -> Tensor:
+    """The tight box (XYXY, pixels) around a bool mask (H, W)."""
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("support mask must have a white pixel, got none")
+    ends = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    return torch.stack(ends).float()
 
 
 @dataclass
@@ -156,33 +167,12 @@ class SupportSet:
         Raises:
             OSError: the file cannot be written; an older file of that name is left as it was.
         """
-        index, pngs = [], {}
-        for class_id, name, shots in zip(
-            self.class_ids, self.class_names, self.examples, strict=True
-        ):
-            rows = []
-            for shot in shots:
-                stem = f"{len(index)}_{len(rows)}"
-                pngs[f"{stem}.png"] = _png_bytes(shot.image.permute(1, 2, 0).numpy())
-                if shot.mask is not None:
-                    pngs[f"{stem}_mask.png"] = _png_bytes(shot.mask.numpy())
-                rows.append(
-                    {
-                        "image": f"{stem}.png",
-                        "mask": None if shot.mask is None else f"{stem}_mask.png",
-                        "box": None if shot.box is None else shot.box.tolist(),
-                        "negative": shot.negative,
-                    }
-                )
-            index.append({"id": class_id, "name": name, "examples": rows})
-        header = {"format": _FORMAT, "version": _VERSION, "classes": index}
-        with (
-            atomic_path(path) as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        ):
-            archive.writestr("support_set.json", json.dumps(header, indent=1))
-            for name, content in pngs.items():
-                archive.writestr(name, content)
+        write_archive(path, self.rows())
+
+    def rows(self) -> list[tuple[int, str, list[dict[str, Any]]]]:
+        """(id, name, fields of the examples) of each class, as ``support_files`` writes them."""
+        fields = [[vars(shot) for shot in shots] for shots in self.examples]
+        return list(zip(self.class_ids, self.class_names, fields, strict=True))
 
     @classmethod
     def load(cls, path: str | Path) -> "SupportSet":
@@ -191,70 +181,14 @@ class SupportSet:
         Raises:
             ValueError: the file is not a support set or a part of it is broken; the message names file and part.
         """
+        rows = read_archive(path)
         try:
-            with zipfile.ZipFile(path) as archive:
-                header = json.loads(_read_member(archive, "support_set.json"))
-                if (
-                    not isinstance(header, dict)
-                    or header.get("format") != _FORMAT
-                    or header["version"] != _VERSION
-                ):
-                    raise ValueError(f"format must be {_FORMAT} version {_VERSION}")
-                classes = header["classes"]
-                return cls(
-                    class_ids=[int(row["id"]) for row in classes],
-                    class_names=[str(row["name"]) for row in classes],
-                    examples=[
-                        [_read_support(archive, shot) for shot in row["examples"]]
-                        for row in classes
-                    ],
-                )
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            EOFError,
-            zipfile.BadZipFile,
-            NotImplementedError,
-        ) as error:
-            raise ValueError(f"{path} must be a support-set file, got: {error}") from error
-
-
-def _png_bytes(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a member by the exact name that the index gives; nothing is ever extracted to disk."""
-    info = archive.getinfo(name)
-    if info.file_size > _MAX_MEMBER_BYTES:
-        raise ValueError(f"{name} must be at most {_MAX_MEMBER_BYTES} bytes, got {info.file_size}")
-    return archive.read(info)
-
-
-def _read_png(archive: zipfile.ZipFile, name: str, mode: str) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(_read_member(archive, name)), formats=("PNG",)) as image:
-            _check_pixels(image)
-            return torch.from_numpy(np.array(image.convert(mode)))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} must be a readable PNG, got: {error}") from error
-
-
-def _check_pixels(image: Image.Image) -> None:
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"at most {_MAX_PIXELS} pixels are allowed, got {image.size}")
-
-
-def _read_support(archive: zipfile.ZipFile, row: Mapping) -> Support:
-    return Support(
-        image=_read_png(archive, row["image"], "RGB").permute(2, 0, 1).contiguous(),
-        box=None if row["box"] is None else torch.tensor(row["box"], dtype=torch.float32),
-        mask=None if row["mask"] is None else _read_png(archive, row["mask"], "L") > 0,
-        negative=bool(row["negative"]),
-    )
+            examples = [[Support(**shot) for shot in shots] for _, _, shots in rows]
+            return cls([row[0] for row in rows], [row[1] for row in rows], examples)
+        except ValueError as error:
+            raise ValueError(
+                f"{printable(path)} must be a support-set file, got: {error}"
+            ) from error
 
 
 @dataclass

@@ -35,6 +35,10 @@ FORBIDDEN = {
     "retrieval": {"systems", "evaluation", "engine", "visualization"},
     "evaluation": {"modeling", "systems", "retrieval", "engine"},
     "visualization": {"data", "modeling", "systems", "retrieval", "evaluation", "engine"},
+    "inference": {"data", "modeling", "systems", "retrieval", "evaluation", "engine", "cli"},
+    "decoding": {"structures", "data", "modeling", "systems", "evaluation", "engine", "inference"},
+    "support_files": {"structures", "data", "modeling", "systems", "engine", "inference"},
+    "cli": {"data", "modeling", "systems", "retrieval", "evaluation", "engine"},
 }
 
 

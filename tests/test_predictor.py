@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from factories import TINY_REPMET, TINY_REPMET_OVERRIDES, random_support_set, tiny_config
+from inference_cases import same_instances, write_model
 from PIL import Image
 
 from fewshot_d2 import FewShotPredictor, Support, load_config
@@ -90,3 +91,76 @@ def test_predicts_with_a_tuned_model_within_the_context_alone(rng):
         predictor.predict(image)
     predictor.set_support(support)
     assert torch.equal(predictor.predict(image).scores, before.scores)
+
+
+def test_iterables_give_what_single_images_give(predictor, rng, tmp_path):
+    predictor.set_support(random_support_set(rng))
+    sizes = [(32, 48), (32, 48), (48, 32), (32, 48), (40, 40)]
+    images = [
+        np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        for i, size in enumerate(sizes)
+    ]
+    singles = [predictor.predict(image) for image in images]
+    path = tmp_path / "last.png"
+    Image.fromarray(images[4][:, :, ::-1]).save(path)
+    for batch_size in (1, 2, 8):
+        predictor.batch_size = batch_size
+        found = list(predictor.predict(iter([*images[:4], path])))
+        assert [f.image_size for f in found] == sizes
+        for one, other in zip(singles, found, strict=True):
+            assert torch.allclose(one.scores, other.scores, atol=1e-5)
+            assert torch.allclose(one.pred_boxes.tensor, other.pred_boxes.tensor, atol=1e-3)
+    predictor.batch_size = 1
+    assert torch.equal(predictor.predict(str(path)).scores, singles[4].scores)
+    assert list(predictor.predict([])) == []
+
+
+def test_only_a_few_images_are_in_memory(predictor, rng):
+    predictor.set_support(random_support_set(rng))
+    made = 0
+
+    def images():
+        nonlocal made
+        for _ in range(50):
+            made += 1
+            yield np.zeros((20, 30, 3), np.uint8)
+
+    found = predictor.predict(images())
+    assert made == 0
+    next(found)
+    assert made <= 4
+    found.close()
+
+
+def test_a_broken_image_among_many_is_named_and_can_be_passed_over(predictor, rng, tmp_path):
+    predictor.set_support(random_support_set(rng))
+    good = np.zeros((20, 30, 3), np.uint8)
+    (tmp_path / "bad.jpg").write_bytes(b"no")
+    sources = [good, tmp_path / "bad.jpg", good, np.zeros((3, 3))]
+    with pytest.raises(ValueError, match="bad.jpg"):
+        list(predictor.predict(sources))
+    queries = list(predictor.search(sources))
+    assert [q.error is None for q in queries] == [True, False, True, False]
+    assert queries[2].instances.image_size == (20, 30) and queries[1].instances is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"precision": "fp8"}, "precision must be"), ({"precision": "amp"}, "needs a GPU")],
+)
+def test_precisions_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FewShotPredictor(tiny_config(), device="cpu", **options)
+
+
+def test_config_may_be_a_file_and_weights_an_argument(tmp_path, rng):
+    write_model(tmp_path)
+    from_files = FewShotPredictor(tmp_path / "config.yaml", tmp_path / "model_final.pth")
+    support, image = random_support_set(rng), np.full((32, 48, 3), 90, np.uint8)
+    from_files.set_support(support)
+    low = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 5)
+    cfg = tiny_config(*low, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    from_config = FewShotPredictor(cfg)
+    from_config.set_support(support)
+    assert len(from_files.predict(image))
+    assert same_instances(from_files.predict(image), from_config.predict(image))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
+from make_example import find_command, make_example
 
 from fewshot_d2.engine import EpisodicTrainer, setup
 
@@ -35,6 +36,9 @@ def main() -> None:
     trainer.train()
     if comm.is_main_process():
         print_summary(Path(args.output), time.perf_counter() - start)
+        example = Path(args.output) / "example"
+        make_example(example)
+        print(f"now find a glyph drawn by hand:\n  {find_command(example)}")
 
 
 def print_summary(output: Path, seconds: float) -> None:

@@ -88,7 +88,7 @@ def episode_panel(
         draw_marks(truth, _marks(ground_truth, scale, truth.size, colors, labels, dashed))
         caption = f"truth: {len(ground_truth)} × {caption}" if len(names) == 1 else "truth"
     _paste_supports(truth, support, boxes)
-    tiles = [_captioned(truth, caption)]
+    tiles = [captioned(truth, caption)]
     if predictions is not None:
         shown = _above(predictions, threshold)
         colors, dashed, caption = _class_colors(shown), None, f"found: {len(shown)}"
@@ -101,7 +101,7 @@ def episode_panel(
             caption += f", {len(found) - sum(found)} missed"
         labels = _labels(shown, label_names)
         draw_marks(canvas, _marks(shown, scale, canvas.size, colors, labels, dashed))
-        tiles.append(_captioned(canvas, caption))
+        tiles.append(captioned(canvas, caption))
     return np.asarray(_stacked(tiles))
 
 
@@ -216,7 +216,7 @@ def _paste_supports(
     side = min(round(_THUMBNAIL * min(canvas.size)), canvas.width // len(shots) - _FRAME)
     side = max(side, _MIN_THUMBNAIL)
     shots = shots[: max(canvas.width // (side + _FRAME), 1)]
-    frames = [_thumbnail(shot, side, colors[k % len(colors)]) for k, shot in enumerate(shots)]
+    frames = [thumbnail(shot, side, colors[k % len(colors)]) for k, shot in enumerate(shots)]
     size = sum(f.width for f in frames), max(f.height for f in frames)
     corners = [(x, y) for y in (0, canvas.height - size[1]) for x in (0, canvas.width - size[0])]
     hidden = [sum(overlap((x, y, x + size[0], y + size[1]), b) for b in boxes) for x, y in corners]
@@ -226,8 +226,8 @@ def _paste_supports(
         x += frame.width
 
 
-def _thumbnail(shot: Support, side: int, color: Color) -> Image.Image:
-    """The example's region in a frame."""
+def thumbnail(shot: Support, side: int, color: Color) -> Image.Image:
+    """The example's region, its longer side of ``side`` pixels, in a frame."""
     x0, y0 = shot.region[:2].floor().int().tolist()
     x1, y1 = shot.region[2:].ceil().int().tolist()
     pixels = shot.image[:, y0:y1, x0:x1].permute(1, 2, 0).numpy()
@@ -240,7 +240,8 @@ def _thumbnail(shot: Support, side: int, color: Color) -> Image.Image:
     return frame
 
 
-def _captioned(tile: Image.Image, text: str) -> Image.Image:
+def captioned(tile: Image.Image, text: str) -> Image.Image:
+    """The tile with a line of text above it, cut where it is too long."""
     font = font_for(tile.size)
     bar = round(font.size * 1.7)
     result = Image.new("RGB", (tile.width, tile.height + bar), PAPER)

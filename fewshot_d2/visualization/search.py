@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, draw_marks, font_for
-from .pictures import TRUTH, _captioned
+from .pictures import TRUTH, captioned
 from .plots import _figure, _legend, _line, _png
 
 # First to last stage: vermillion, sky blue, green, purple, blue, orange; yellow is the truth's.
@@ -75,7 +75,7 @@ def stages_panel(
     tiles = []
     for i, image in enumerate(images):
         tile = _drawn(image, boxes[i], truth[i] if truth is not None else np.empty((0, 4)))
-        tiles.append(_captioned(tile, captions[i]) if captions is not None else tile)
+        tiles.append(captioned(tile, captions[i]) if captions is not None else tile)
     grid = _grid(tiles, columns)
     names = dict(zip(labels, map(_color, range(len(labels))), strict=True))
     if truth is not None:

@@ -1,0 +1,193 @@
+"""Is an example any good? It is searched with in pictures whose answer is known: those of the examples themselves.
+
+K classes, S positive examples a class. A detection *covers* an example at IoU 0.5 with its region. Every test goes
+through the predictor alone, so that it is the same for every system.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from detectron2.structures import Boxes, Instances, pairwise_iou
+
+from ..predictor import FewShotPredictor, ImageSource
+from ..structures import Support, SupportSet
+
+_MIN_IOU = 0.5
+# Detections of a class that are looked at in each unlabelled picture.
+_PER_PICTURE = 20
+
+
+@dataclass
+class ShotCheck:
+    """One example.
+
+    Attributes:
+        number (int): from 1 within its class.
+        self_score (float): best score of its own class on it, searched with it alone; 0 = not found again.
+        other_score (float): the same, searched with all other examples of its class; NaN with a single example.
+        confusable (str): the other class that scores best on it, all classes searched; "" = none.
+        confusable_score (float): that score.
+    """
+
+    number: int
+    self_score: float
+    other_score: float = math.nan
+    confusable: str = ""
+    confusable_score: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two, the worst that is known."""
+        if self.self_score <= 0:
+            return "not found again"
+        if self.other_score <= 0:
+            return "unlike the others"
+        best = self.self_score if math.isnan(self.other_score) else self.other_score
+        return f"like {self.confusable}" if self.confusable_score >= best else "good"
+
+
+@dataclass
+class ClassCheck:
+    """One class: its examples, and a threshold that keeps what is like them and drops what is not."""
+
+    name: str
+    shots: list[ShotCheck] = field(default_factory=list)
+    threshold: float = 0.5
+
+
+def check_examples(
+    predictor: FewShotPredictor, support_set: SupportSet, unlabelled: Iterable[ImageSource] = ()
+) -> list[ClassCheck]:
+    """Check every positive example.
+
+    Args:
+        predictor: of any system; its support is all examples afterwards.
+        unlabelled: pictures of the kind that will be searched, whatever is on them; unreadable ones are left out.
+    """
+    checks = [ClassCheck(name) for name in support_set.class_names]
+    for k, shots in enumerate(support_set.positives()):
+        for i, shot in enumerate(shots):
+            found = ShotCheck(i + 1, _score_with(predictor, support_set, k, [shot], shot))
+            if len(shots) > 1:
+                rest = shots[:i] + shots[i + 1 :]
+                found.other_score = _score_with(predictor, support_set, k, rest, shot)
+            checks[k].shots.append(found)
+    predictor.set_support(support_set)
+    wrong = _look_for_confusions(predictor, support_set, checks)
+    scores = _unlabelled_scores(predictor, unlabelled, len(support_set))
+    for k, check in enumerate(checks):
+        right = [
+            shot.self_score if math.isnan(shot.other_score) else shot.other_score
+            for shot in check.shots
+        ]
+        check.threshold = suggested_threshold(right, wrong[k], scores[k])
+    return checks
+
+
+def _score_with(
+    predictor: FewShotPredictor,
+    support_set: SupportSet,
+    k: int,
+    shots: Sequence[Support],
+    query: Support,
+) -> float:
+    """Best score on an example when searched with ``shots`` of class k alone."""
+    one_class = SupportSet([support_set.class_ids[k]], [support_set.class_names[k]], [list(shots)])
+    predictor.set_support(one_class)
+    return float(_scores_on(predictor.predict(_bgr(query)), query, 1)[0])
+
+
+def _look_for_confusions(
+    predictor: FewShotPredictor, support_set: SupportSet, checks: Sequence[ClassCheck]
+) -> list[list[float]]:
+    """Fill in the confusable classes; returns for each class its scores on examples of the others."""
+    wrong: list[list[float]] = [[] for _ in checks]
+    for k, shots in enumerate(support_set.positives()):
+        for check, shot in zip(checks[k].shots, shots, strict=True):
+            scores = _scores_on(predictor.predict(_bgr(shot)), shot, len(checks))
+            for other, score in enumerate(scores.tolist()):
+                if other != k:
+                    wrong[other].append(score)
+            scores[k] = 0.0
+            if scores.max() > 0:
+                check.confusable = checks[int(scores.argmax())].name
+                check.confusable_score = float(scores.max())
+    return wrong
+
+
+def _scores_on(instances: Instances, shot: Support, num_classes: int) -> np.ndarray:
+    """Best score of each class among the detections that cover the example; ndarray[K], 0 where there is none."""
+    best = np.zeros(num_classes)
+    if len(instances):
+        covers = pairwise_iou(Boxes(shot.region[None]), instances.pred_boxes)[0] >= _MIN_IOU
+        kept = instances[covers]
+        np.maximum.at(best, kept.pred_classes.numpy(), kept.scores.numpy())
+    return best
+
+
+def _unlabelled_scores(
+    predictor: FewShotPredictor, pictures: Iterable[ImageSource], num_classes: int
+) -> list[list[float]]:
+    scores: list[list[float]] = [[] for _ in range(num_classes)]
+    found = (query.instances for query in predictor.search(pictures) if query.error is None)
+    for instances in found:
+        for k in range(num_classes):
+            of_class = instances.scores[instances.pred_classes == k]
+            scores[k] += sorted(of_class.tolist(), reverse=True)[:_PER_PICTURE]
+    return scores
+
+
+def suggested_threshold(
+    right: Sequence[float], wrong: Sequence[float], unlabelled: Sequence[float] = ()
+) -> float:
+    """A score between what is the class and what is not.
+
+    Without unlabelled scores: where the fewest of ``right`` lie below and of ``wrong`` above, each as a share of its
+    kind, in the middle of the widest such gap. With nothing that is wrong, half of the lowest right one. With
+    unlabelled scores the gap is that of the best split of all scores into two groups (Otsu), which may only raise it.
+
+    Args:
+        right: scores in [0, 1] on examples of the class; 0 = not found, of no use here.
+        wrong: on examples of other classes. unlabelled: on pictures that nobody has looked at.
+    """
+    right = sorted(score for score in right if score > 0)
+    if not right:
+        return 0.5
+    wrong = [score for score in wrong if score > 0]
+    threshold = _least_errors(right, wrong) if wrong else right[0] / 2
+    if len(unlabelled):
+        split = _otsu(np.array([*right, *wrong, *unlabelled]))
+        # Above the highest right score nothing would be found at all.
+        threshold = max(threshold, min(split, right[0]))
+    return round(float(threshold), 3)
+
+
+def _least_errors(right: Sequence[float], wrong: Sequence[float]) -> float:
+    values = np.unique([0.0, *right, *wrong, 1.0])
+    middles = (values[1:] + values[:-1]) / 2
+    missed = (np.asarray(right)[:, None] < middles).mean(axis=0)
+    passed = (np.asarray(wrong)[:, None] >= middles).mean(axis=0)
+    errors = missed + passed
+    best = np.flatnonzero(np.isclose(errors, errors.min()))
+    return float(middles[best[np.argmax(np.diff(values)[best])]])
+
+
+def _otsu(scores: np.ndarray) -> float:
+    """Middle of the gap that splits scores into two groups of least variance."""
+    scores = np.sort(scores)
+    if scores[0] == scores[-1]:
+        return 0.0
+    counts = np.arange(1, len(scores))
+    sums = np.cumsum(scores)[:-1]
+    low, high = sums / counts, (scores.sum() - sums) / (len(scores) - counts)
+    between = counts * (len(scores) - counts) * (high - low) ** 2
+    # A group may not begin between equal scores.
+    between[scores[1:] == scores[:-1]] = -1.0
+    split = int(between.argmax())
+    return float(scores[split] + scores[split + 1]) / 2
+
+
+def _bgr(shot: Support) -> np.ndarray:
+    return shot.image.permute(1, 2, 0).numpy()[:, :, ::-1]

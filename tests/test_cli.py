@@ -1,0 +1,211 @@
+"""The command line: what it refuses and how it says so; the doctor; the check of examples."""
+
+import importlib
+import math
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from factories import random_support
+from inference_cases import write_model, write_photos
+
+import fewshot_d2_doctor
+from fewshot_d2 import Support, SupportSet
+from fewshot_d2.cli.common import read_thresholds, table
+from fewshot_d2.cli.main import main
+from fewshot_d2.inference.exemplar_check import ShotCheck, check_examples, suggested_threshold
+from fewshot_d2_doctor.checks import BROKEN, KNOWN_PROBLEMS, OK, known_fix, module_finding
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 1)
+    write_model(tmp_path)
+    return tmp_path
+
+
+MODEL = ["--config-file", "config.yaml", "--weights", "model_final.pth"]
+SUPPORT = ["--support", "photos/photo_0.jpg::cup"]
+SEARCH = ["--images", "photos", "--output", "out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*MODEL, *SEARCH], "an example must be given"),
+        ([*SUPPORT, *SEARCH], "trained by `make demo`"),
+        ([*SUPPORT, *SEARCH, "--weights", "model_final.pth"], "must have its --config-file"),
+        ([*SUPPORT, *SEARCH, "--config-file", "config.yaml"], "--weights must be a checkpoint"),
+        ([*SUPPORT, *SEARCH, "--config-file", "none.yaml"], "--config-file must be a file"),
+        (
+            [*SUPPORT, *SEARCH, "--config-file", "photos/photo_0.jpg"],
+            "photo_0.jpg must be a config",
+        ),
+        ([*SUPPORT, *SEARCH, *MODEL, "--opts", "NO.KEY", "1"], "config.yaml must be a config"),
+        ([*SUPPORT, *SEARCH, *MODEL, "--threshold", "nan"], r"threshold of 'cup' must be in"),
+        ([*SUPPORT, *SEARCH, *MODEL, "--precision", "amp", "--device", "cpu"], "needs a GPU"),
+        (["--support", "x.jpg::cup", *SEARCH, *MODEL], "x.jpg must be a readable image"),
+        (["--supports", "config.yaml", *SEARCH, *MODEL], "config.yaml must be a support-set file"),
+        ([*SUPPORT, *MODEL, "--images", "photos", "--output", "photos"], "new or empty folder"),
+        ([*SUPPORT, *MODEL, "--images", "nowhere", "--output", "out"], "images must be"),
+    ],
+)
+def test_find_refuses_with_one_line(folder, capsys, arguments, message):
+    before = sorted(p.name for p in folder.iterdir())
+    assert main(["find", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_thresholds_of_a_file_come_before_the_default(tmp_path):
+    (tmp_path / "t.json").write_text('{"thresholds": {"b": 0.25}}')
+    assert read_thresholds(str(tmp_path / "t.json"), 0.5, ["a", "b"]) == (0.5, 0.25)
+    for text in ("[]", "{}", "no", '{"thresholds": 3}', '{"thresholds": {"a": "x"}}'):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(ValueError, match=r"t.json must be|threshold of 'a'"):
+            read_thresholds(str(tmp_path / "t.json"), 0.5, ["a"])
+
+
+def test_table_shows_what_a_terminal_can():
+    text = table([("a\x1b[31m", 0.125, math.nan)], ["name", "x", "y"])
+    assert "\x1b" not in text and text.splitlines()[-1].split() == [r"a\x1b[31m", "0.12", "-"]
+    assert table([], ["a"]).startswith("a")
+
+
+def test_support_files_are_never_written_over(folder, capsys):
+    assert main(["support", "create", "config.yaml", "photos/photo_0.jpg::cup"]) == 2
+    assert "must not exist yet" in capsys.readouterr().err
+    assert main(["support", "create", "new.zip"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "fix"),
+    [
+        (
+            "detectron2",
+            "ModuleNotFoundError: No module named 'detectron2'",
+            "install_detectron2.py",
+        ),
+        ("detectron2", "ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
+        ("detectron2", "AttributeError: module 'PIL.Image' has no attribute 'LINEAR'", "uninstall"),
+        ("detectron2", "ImportError: _C.so: undefined symbol: _ZN2at", "another torch"),
+        ("torchvision", "RuntimeError: operator torchvision::nms does not exist", "one index"),
+        ("cv2", "ImportError: libGL.so.1: cannot open shared object file", "headless"),
+        ("pycocotools", "ValueError: numpy.dtype size changed", "--no-cache-dir pycocotools"),
+        (
+            "fewshot_d2",
+            "ModuleNotFoundError: No module named 'detectron2'",
+            "install_detectron2.py",
+        ),
+        (
+            "fewshot_d2",
+            "ModuleNotFoundError: No module named 'yacs.config'",
+            "--force-reinstall yacs",
+        ),
+    ],
+)
+def test_doctor_knows_the_fix(module, error, fix):
+    assert fix in known_fix(module, error)
+
+
+def test_doctor_survives_what_cannot_be_imported(monkeypatch, capsys):
+    assert module_finding("no_such_module", lambda _: "").state == BROKEN
+
+    def import_module(name):
+        if name == "detectron2":
+            raise ImportError("No module named 'detectron2'")
+        return ModuleType(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    assert fewshot_d2_doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "BROKEN  detectron2" in out and "-> python tools/install_detectron2.py" in out
+    assert len(KNOWN_PROBLEMS) >= 10
+
+
+def test_doctor_finds_this_installation_whole(capsys):
+    assert fewshot_d2_doctor.main(["--data-sets"]) == 0
+    out = capsys.readouterr().out
+    assert f"{OK:8s}{'torchvision':14s}" in out and "scenes_glyphs_train" in out
+
+
+class Finder:
+    """A predictor that finds in a picture what has the same mean colour, and says how sure it is."""
+
+    def set_support(self, support_set):
+        self.classes = [
+            [float(shot.image.float().mean()) for shot in shots] for shots in support_set.examples
+        ]
+
+    def predict(self, image):
+        mean = float(image.mean())
+        found = Instances(image.shape[:2])
+        height, width = image.shape[:2]
+        scores = [max(1 - abs(mean - m) / 100 for m in means) for means in self.classes]
+        found.pred_boxes = Boxes(torch.tensor([[0.0, 0, width, height]] * len(scores)))
+        found.scores = torch.tensor(scores).clamp(min=0)
+        found.pred_classes = torch.arange(len(scores))
+        return found
+
+    def search(self, images):
+        return []
+
+
+def shot(value):
+    return Support(torch.full((3, 8, 8), value, dtype=torch.uint8))
+
+
+def test_check_names_the_odd_one_out_and_the_confusable_class():
+    classes = [[shot(10), shot(20), shot(240)], [shot(60)], [shot(75)]]
+    checks = check_examples(Finder(), SupportSet([1, 2, 3], ["a", "b", "c"], classes))
+    [first, second, odd], [b], [c] = (check.shots for check in checks)
+    assert [first.verdict, second.verdict, odd.verdict] == ["good", "good", "unlike the others"]
+    assert first.other_score == pytest.approx(0.9) and odd.other_score == 0
+    assert b.self_score == 1 and math.isnan(b.other_score)
+    assert (b.confusable, c.confusable) == ("c", "b")
+    assert b.confusable_score == pytest.approx(0.85)
+    # c's examples score 1 on their own and at most 0.85 on others.
+    assert 0.85 < checks[2].threshold < 1
+
+
+def test_verdicts():
+    assert ShotCheck(1, 0.0).verdict == "not found again"
+    assert ShotCheck(1, 0.5, 0.0).verdict == "unlike the others"
+    assert ShotCheck(1, 0.9, 0.4, "cup", 0.5).verdict == "like cup"
+    assert ShotCheck(1, 0.9, math.nan, "cup", 0.5).verdict == "good"
+
+
+def test_suggested_threshold():
+    assert suggested_threshold([], [0.3]) == 0.5
+    assert suggested_threshold([0.0, 0.8], []) == 0.4
+    assert suggested_threshold([0.8, 0.9], [0.2, 0.4]) == pytest.approx(0.6)
+    # One of four right scores lies below the best cut.
+    assert 0.5 < suggested_threshold([0.3, 0.7, 0.8, 0.9], [0.1, 0.4, 0.5]) < 0.7
+    # Background of unlabelled pictures raises it, but never above what is right.
+    assert suggested_threshold([0.9], [], [0.6, 0.62, 0.61, 0.91]) == pytest.approx(0.76, abs=0.01)
+    assert suggested_threshold([0.5], [], [0.1, 0.99, 0.98]) <= 0.5
+
+
+def test_suggested_threshold_makes_the_fewest_errors_of_all():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        right, wrong = random.random(5).round(2) + 0.01, random.random(4).round(2) + 0.01
+
+        def errors(threshold, right=right, wrong=wrong):
+            return (right < threshold).mean() + (wrong >= threshold).mean()
+
+        best = min(errors(t) for t in np.linspace(0, 1.02, 2041))
+        assert errors(suggested_threshold(right, wrong)) == pytest.approx(best)
+
+
+def test_check_runs_with_a_model(folder, rng, capsys):
+    SupportSet([1], ["a"], [[random_support(rng), random_support(rng)]]).save("set.zip")
+    arguments = ["--supports", "set.zip", "--images", "photos", "--output", "t.json"]
+    assert main(["check", *MODEL, *arguments]) in (0, 1)
+    assert "suggested threshold" in capsys.readouterr().out
+    [threshold] = read_thresholds("t.json", 0.9, ["a"])
+    assert 0 <= threshold <= 1
