@@ -41,7 +41,7 @@ class Target:
     Attributes:
         is_query (bool), image_id (int): as of ``Place``.
         boxes (tuple[XYXY, ...]): its ground truth, best first.
-        weight (float): omega of paper equation 1, how sure the boxes are; 1 for a query.
+        weight (float): omega of paper equation 1, the mean of how sure the boxes are; 1 for a query.
     """
 
     is_query: bool
