@@ -343,7 +343,13 @@ def test_proposals_of_a_detector(rng):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ([*DETECTOR, "MODEL.META_ARCHITECTURE", "SPIL"], "needs .*GeneralizedRCNN"),
+        (
+            [
+                *(*DETECTOR, "MODEL.META_ARCHITECTURE", "SPIL"),
+                *("MODEL.PROPOSAL_GENERATOR.NAME", "LookalikeRPN"),
+            ],
+            "proposes without examples.*got SPIL",
+        ),
         (["FEWSHOT.RETRIEVAL.LAYERS", ("res9",)], "LAYERS must be among .* got .*res9"),
         (["FEWSHOT.RETRIEVAL.LAYERS", ()], "LAYERS must be"),
         (["FEWSHOT.RETRIEVAL.FINE", "res2"], "must be among .* 'res2'"),
