@@ -141,6 +141,8 @@ def _add_self_paced(node: CN) -> None:
     # Images that the lists of two queries may share, of the shorter one, if they are to be each other's negatives:
     # finds queries of one instance where labels do not tell them. 1 where they do.
     node.SELF_PACED.MAX_SHARED = 0.05
+    # Pixels of the original image that the shorter side of a box must have; candidates' shorter ones are left out.
+    node.SELF_PACED.MIN_SIDE = 8.0
     # Boxes an image that are kept: 1 (instance search), or more where a class may occur several times.
     node.SELF_PACED.BOXES_PER_IMAGE = 1
 

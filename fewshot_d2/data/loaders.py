@@ -169,6 +169,7 @@ def build_pool_episodes(cfg: CfgNode) -> PoolEpisodes:
         num_positives=cfg.FEWSHOT.NUM_SHOTS,
         seed=seed,
         max_shared=node.MAX_SHARED,
+        min_side=node.MIN_SIDE,
     )
     mapper = build_mapper(cfg, is_train=True)
     if getattr(mapper, "with_masks", False):
