@@ -146,7 +146,8 @@ def test_several_boxes_of_an_image_are_learned_from(folder, base, lists):
         if not target.is_query:
             position = [c.image_id for c in row.candidates].index(target.image_id)
             found = labels.found[lists.lists.index(row)][position]
-            large = [b for b in found if b.score > 0 and smaller_side(b.box) >= 8]
+            least = cfg.FEWSHOT.SELF_PACED.MIN_SIDE
+            large = [b for b in found if b.score > 0 and smaller_side(b.box) >= least]
             assert target.boxes == tuple(b.box for b in large)
             assert mapped["weights"][0] == pytest.approx(sum(b.score for b in large) / len(large))
             assert len(mapped["instances"]) == len(large)
