@@ -115,3 +115,8 @@ def test_printable_names_are_utf8_on_one_line():
     assert printable(odd) == r"a\xffb\n\x1b[31m.jpg"
     assert printable("tässe.jpg") == "tässe.jpg"
     printable("\ud800").encode("utf-8")
+
+
+def test_paper_below_transparent_parts_may_be_black(tmp_path):
+    Image.fromarray(np.zeros((2, 2, 4), np.uint8)).save(tmp_path / "a.png")
+    assert (read_rgb(tmp_path / "a.png", paper=0) == 0).all()
