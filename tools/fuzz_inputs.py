@@ -234,7 +234,10 @@ def find_case(folder: Path, rng: Random, model: list[str], watch: Watch) -> tupl
         rows = [len((output / f).read_text().splitlines()) for f in ("counts.csv", "skipped.csv")]
         return sum(rows) - 2 == number
 
-    return "find on a folder of eight images", judge(attempt, "")
+    outcome = judge(attempt, "")
+    if outcome == CLEAR:
+        outcome = f"{FAILED}: images that are good were not searched"
+    return "find on a folder of eight images", outcome
 
 
 def write_model(folder: Path) -> list[str]:

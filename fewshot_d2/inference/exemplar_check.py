@@ -10,12 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, pairwise_iou
+from PIL import Image
+from torch import Tensor
 
 from ..predictor import FewShotPredictor, ImageSource
 from ..structures import Support, SupportFeatures, SupportSet
 
 _MIN_IOU = 0.5
+# Share of its image that an example may fill and still be searched in it as it is.
+_MOST_FILLED = 0.5
+# Of an example that is laid on paper.
+_MAX_SIDE = 1000
 # Detections of a class that are looked at in each unlabelled picture.
 _PER_PICTURE = 20
 
@@ -71,7 +77,7 @@ def check_examples(
     # Each class is encoded once, however often it stands beside another one.
     classes = [
         predictor.set_support(_one_class(support_set, k, shots))
-        for k, shots in enumerate(support_set.examples)
+        for k, shots in enumerate(support_set.positives())
     ]
     for k, shots in enumerate(support_set.positives()):
         numbers = [i for i, s in enumerate(support_set.examples[k], start=1) if not s.negative]
@@ -112,7 +118,7 @@ def _score_with(
     if len(kept) < len(shots):
         parts[k] = predictor.set_support(_one_class(support_set, k, [shots[i] for i in kept]))
     predictor.set_support(SupportFeatures.cat(parts))
-    return float(_scores_on(predictor.predict(_bgr(query)), query, len(classes))[k])
+    return float(_scores_on(predictor, query, len(classes))[k])
 
 
 def _look_for_confusions(
@@ -122,7 +128,7 @@ def _look_for_confusions(
     wrong: list[list[float]] = [[] for _ in checks]
     for k, shots in enumerate(support_set.positives()):
         for check, shot in zip(checks[k].shots, shots, strict=True):
-            scores = _scores_on(predictor.predict(_bgr(shot)), shot, len(checks))
+            scores = _scores_on(predictor, shot, len(checks))
             for other, score in enumerate(scores.tolist()):
                 if other != k:
                     wrong[other].append(score)
@@ -133,11 +139,13 @@ def _look_for_confusions(
     return wrong
 
 
-def _scores_on(instances: Instances, shot: Support, num_classes: int) -> np.ndarray:
+def _scores_on(predictor: FewShotPredictor, shot: Support, num_classes: int) -> np.ndarray:
     """Best score of each class among the detections that cover the example; ndarray[K], 0 where there is none."""
     best = np.zeros(num_classes)
+    picture, region = picture_of(shot)
+    instances = predictor.predict(picture)
     if len(instances):
-        covers = pairwise_iou(Boxes(shot.region[None]), instances.pred_boxes)[0] >= _MIN_IOU
+        covers = pairwise_iou(Boxes(region[None]), instances.pred_boxes)[0] >= _MIN_IOU
         kept = instances[covers]
         np.maximum.at(best, kept.pred_classes.numpy(), kept.scores.numpy())
     return best
@@ -207,5 +215,26 @@ def _otsu(scores: np.ndarray) -> float:
     return float(scores[split] + scores[split + 1]) / 2
 
 
-def _bgr(shot: Support) -> np.ndarray:
-    return shot.image.permute(1, 2, 0).numpy()[:, :, ::-1]
+def picture_of(shot: Support) -> tuple[np.ndarray, Tensor]:
+    """What an example is searched in: its own image.
+
+    An example that fills its image, as one that was cut out does, is laid in the middle of paper three times as wide
+    and high, of the colour of the image's edge: detectors look for things in pictures, not for whole pictures.
+
+    Returns:
+        uint8 (H, W, 3), BGR; Tensor[4]: the example in it, XYXY, absolute pixels.
+    """
+    pixels, region = shot.image.permute(1, 2, 0).numpy(), shot.region
+    height, width = shot.image_size
+    if Boxes(region[None]).area().item() <= _MOST_FILLED * height * width:
+        return pixels[:, :, ::-1], region
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    pixels = np.asarray(image)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    paper = Image.new(
+        "RGB", (3 * image.width, 3 * image.height), tuple(np.median(edge, 0).astype(int))
+    )
+    paper.paste(image, image.size)
+    scale = region.new_tensor([image.width / width, image.height / height] * 2)
+    return np.asarray(paper)[:, :, ::-1], region * scale + region.new_tensor(image.size * 2)
