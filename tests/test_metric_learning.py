@@ -162,6 +162,16 @@ def test_gradient_reaches_the_nearest_mode_of_each_class_only(problem):
     assert torch.isfinite(modes.grad).all()
 
 
+def test_distances_in_mixed_precision_are_exact(rng):
+    embeddings = torch.randn(6, 32, generator=rng)
+    modes = embeddings[:2, None] + 0.01 * torch.randn(2, 3, 32, generator=rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = squared_distances(embeddings, modes)
+    assert mixed.dtype == torch.float32
+    assert_close(mixed, squared_distances(embeddings, modes), atol=0, rtol=0)
+    assert 0 < mixed[0, 0].max() < 1e-3
+
+
 def test_no_embedding_and_no_other_class(problem):
     embeddings, _, modes = problem
     none = squared_distances(embeddings[:0], modes)

@@ -1,5 +1,6 @@
 """Self-paced training end to end on a small set: stages, files, resuming; and what it never reads."""
 
+import dataclasses
 import json
 import logging
 from dataclasses import replace
@@ -290,6 +291,29 @@ def test_episodes_have_the_boxes_and_weights_of_the_pool(folder, tmp_path):
         assert mapped["support"].class_ids == ids
         seen.add(drawn.target.is_query)
     assert seen == {True, False}
+
+
+def test_boxes_of_a_foreign_search_end_where_the_picture_does(folder, tmp_path):
+    lists = RankLists.load(folder / "rank_lists.json")
+
+    def shots(of_queries):
+        """Crops of episodes in which every box is ``of_queries``."""
+        rows = tuple(
+            dataclasses.replace(
+                row,
+                box=of_queries,
+                candidates=tuple(dataclasses.replace(c, box=of_queries) for c in row.candidates),
+            )
+            for row in lists
+        )
+        dataclasses.replace(lists, lists=rows).save(folder / "rank_lists.json")
+        episodes = episodes_of(folder, tmp_path)
+        classes = [shots for x in episodes for shots in x["support"].examples]
+        return [shot.image for shots in classes for shot in shots]
+
+    outside, inside = shots((-9.0, -7.5, 35.0, 30.0)), shots((0.0, 0.0, 35.0, 30.0))
+    assert all(map(torch.equal, outside, inside))
+    assert not any(map(torch.equal, shots(BOX), inside))
 
 
 def test_without_contrast_episodes_have_one_class(folder, tmp_path):

@@ -99,8 +99,18 @@ def test_kernels_normalised_over_the_step(rng):
     assert_close(alone[0], expected[1], atol=1e-4, rtol=1e-3)
 
 
-def test_negative_pass_has_no_box_and_mask_loss_and_finite_gradients(rng):
-    model = tiny_spil()
+# The heads of the original C4 network, on its trunk.
+RES5 = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.STRIDE_IN_1X1", False),
+    *("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_MASK_HEAD.NUM_CONV", 0),
+    *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 4, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4),
+]
+
+
+@pytest.mark.parametrize("heads", [[], RES5], ids=["standard", "res5"])
+def test_negative_pass_has_no_box_and_mask_loss_and_finite_gradients(rng, heads):
+    model = tiny_spil(*heads)
     losses = losses_of(model, without_instances(random_query(rng, random_support_set(rng))))
     for name in ("loss_rpn_loc", "loss_box_reg", "loss_mask"):
         assert losses[name] == 0
