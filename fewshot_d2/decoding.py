@@ -11,13 +11,24 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 # A few kilobytes can declare an image of gigabytes.
 MAX_PIXELS = 64_000_000
 
 # What a camera, a phone or the web gives. Pillow knows more: EPS, for one, would start another program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
+_ORIENTATION = 0x0112
+# How the pixels must be moved, by the tag's value; 1 = not at all.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 IMAGE_SUFFIXES = frozenset(
     {
         ".jpg",
@@ -68,7 +79,7 @@ def decode_rgb(
     """``read_rgb`` of a file or of its bytes, with whatever error the decoder raises."""
     image = open_image(source, formats)
     with image:
-        return np.array(_as_rgb(ImageOps.exif_transpose(image), paper))
+        return np.array(_as_rgb(_turned(image), paper))
 
 
 def open_image(source: Path | bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
@@ -84,6 +95,16 @@ def open_image(source: Path | bytes, formats: tuple[str, ...] = _FORMATS) -> Ima
         image.close()
         raise ValueError(f"at most {MAX_PIXELS} pixels are allowed, got {image.size}")
     return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """As the EXIF tag says; Pillow's own function writes the tags anew, and refuses a picture over a broken one."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    # Whatever broken tags raise: the pixels are as good as without them.
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _as_rgb(image: Image.Image, paper: int) -> Image.Image:
