@@ -84,6 +84,8 @@ class FewShotPredictor:
         cfg.defrost()
         cfg.MODEL.WEIGHTS = str(weights) or cfg.MODEL.WEIGHTS
         cfg.MODEL.DEVICE = _checked_device(device or cfg.MODEL.DEVICE)
+        if not cfg.MODEL.WEIGHTS:
+            logger.warning("No weights: what %s finds is random", cfg.MODEL.META_ARCHITECTURE)
         self.cfg = cfg
         self.dtype = _checked_precision(precision, cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval()
@@ -115,18 +117,31 @@ class FewShotPredictor:
         if isinstance(support, (str, Path)):
             support, stored_in = SupportSet.load(support), [support, *stored_in]
         if isinstance(support, SupportSet):
+            self._tell_unused(support)
             stored = (load_features(file, support, self.sha256) for file in stored_in)
             support = next(filter(None, stored), None) or self._encoded(support)
         self.support = support.to(self.cfg.MODEL.DEVICE)
         return self.support
 
+    def _tell_unused(self, support_set: SupportSet) -> None:
+        unused = sum(shot.negative for shots in support_set.examples for shot in shots)
+        if unused and not self.model.uses_negatives:
+            name = type(self.model).__name__
+            logger.warning("%s has no use for negative examples: %d left out", name, unused)
+
     @torch.no_grad()
     def _encoded(self, support_set: SupportSet) -> SupportFeatures:
         return self.model.encode_support([support_set])
 
-    def save_support(self, path: str | Path, support_set: SupportSet) -> None:
-        """Set the support and write it with its features to a support-set file, for later runs of this model."""
-        stored_in = [path] if Path(path).exists() else []
+    def save_support(
+        self, path: str | Path, support_set: SupportSet, *, stored_in: Sequence[str | Path] = ()
+    ) -> None:
+        """Set the support and write it with its features to a support-set file, for later runs of this model.
+
+        Args:
+            path: new, or an older file of these examples. stored_in: see ``set_support``; ``path`` is one of them.
+        """
+        stored_in = [*([path] if Path(path).exists() else []), *stored_in]
         features = self.set_support(support_set, stored_in=stored_in)
         save_keeping_features(path, support_set, {self.sha256: features})
 
@@ -143,10 +158,13 @@ class FewShotPredictor:
         from .engine.finetune import FineTuning, fine_tuned
 
         with fine_tuned(self.model, support_set, FineTuning.from_cfg(self.cfg)) as self.support:
+            # Features of the tuned model are not those of the weights it came from.
+            self.__dict__.pop("sha256", None)
             try:
                 yield self.support
             finally:
                 self.support = None
+                self.__dict__.pop("sha256", None)
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource]
@@ -234,9 +252,15 @@ class FewShotPredictor:
 
 def _checked_device(device: str) -> str:
     """The device, or the CPU where there is no GPU."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        logger.warning("No CUDA device: %s is replaced by the CPU", device)
-        return "cpu"
+    try:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            logger.warning("No CUDA device: %s is replaced by the CPU", device)
+            return "cpu"
+        torch.empty(0, device=device)
+    # torch raises either, with half a page of text.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that torch has, got {device!r}: {reason}") from error
     return device
 
 

@@ -71,21 +71,24 @@ class Support:
         Args:
             path: see ``decoding.read_rgb``.
             box: XYXY in pixels of the image; None = the box around ``mask``, or the whole image without one.
-            mask: an image of the same size, white (brighter than half) where the example is.
+            mask: an image of the same size, white (brighter than half) where the example is; transparent parts are not.
             negative: the example shows what must not be found.
 
         Raises:
             ValueError: missing, broken or too large, or a box or mask that does not fit; names the file.
         """
         image = torch.from_numpy(read_rgb(path)).permute(2, 0, 1).contiguous()
-        inside = None if mask is None else torch.from_numpy(read_rgb(mask)[:, :, 0] > 127)
+        inside, names = None, printable(path)
+        if mask is not None:
+            inside = torch.from_numpy(read_rgb(mask, paper=0).mean(axis=2) > 127)
+            names = f"{names} with mask {printable(mask)}"
         try:
             corners = None if box is None else torch.tensor(box, dtype=torch.float32)
             if inside is not None and corners is None:
                 corners = _box_of_mask(inside)
             return cls(image, corners, inside, negative)
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{printable(path)}: {error}") from error
+            raise ValueError(f"{names}: {error}") from error
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -30,6 +30,10 @@ _INDEX, _FEATURES = "support_set.json", "features.json"
 # A member larger than this is refused unread: a few kilobytes of zip can declare terabytes.
 MAX_MEMBER_BYTES = 64 << 20
 _MAX_INDEX_BYTES = 16 << 20
+# Of an image: as large as a PNG of ``decoding.MAX_PIXELS`` can be.
+_MAX_PNG_BYTES = 200 << 20
+# Of all tensors that are read together.
+_MAX_FEATURE_BYTES = 1 << 30
 # Of all images of a file together; a black PNG is a thousand times smaller than its pixels.
 _MAX_PIXELS_IN_ALL = 400_000_000
 
@@ -56,7 +60,18 @@ def write_archive(
 
     Raises:
         OSError: the file cannot be written; an older file of that name is left as it was.
+        ValueError: more pixels than ``read_archive`` takes.
     """
+    pixels = sum(
+        shot["image"][0].numel() * (1 if shot["mask"] is None else 2)
+        for _, _, shots in classes
+        for shot in shots
+    )
+    if pixels > _MAX_PIXELS_IN_ALL:
+        raise ValueError(
+            f"examples must have at most {_MAX_PIXELS_IN_ALL} pixels in all (cut them out, or make them "
+            f"smaller), got {pixels} for {printable(path)}"
+        )
     with (
         atomic_path(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -98,20 +113,26 @@ def read_archive(path: str | Path) -> list[tuple[int, str, list[Example]]]:
         ]
 
 
-def read_features(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The features of ``write_archive``; empty where the file has none."""
+def read_features(path: str | Path, model: str | None = None) -> dict[str, dict[str, Any]]:
+    """The features of ``write_archive``, of one model or of all; empty where the file has none."""
     with _opened(path) as archive:
         if _FEATURES not in archive.namelist():
             return {}
         index = json.loads(_read_member(archive, _FEATURES, _MAX_INDEX_BYTES))
+        chosen = {str(name): entry for name, entry in index.items() if model in (None, name)}
+        rows = [row for entry in chosen.values() for row in entry["tensors"].values()]
+        # Each tensor may be small, and a member may serve any number of them.
+        size = sum(archive.getinfo(row["member"]).file_size for row in rows)
+        if size > _MAX_FEATURE_BYTES:
+            raise ValueError(f"features must be at most {_MAX_FEATURE_BYTES} bytes, got {size}")
         return {
-            str(model): {
+            name: {
                 **entry,
                 "tensors": {
-                    str(name): _read_tensor(archive, row) for name, row in entry["tensors"].items()
+                    str(key): _read_tensor(archive, row) for key, row in entry["tensors"].items()
                 },
             }
-            for model, entry in index.items()
+            for name, entry in chosen.items()
         }
 
 
@@ -132,6 +153,9 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
 def _read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MEMBER_BYTES) -> bytes:
     """Read a member by the exact name that the index gives; nothing is ever extracted to disk."""
     info = archive.getinfo(name)
+    # Decoders of other methods raise errors of their own.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} must be stored or deflated, got method {info.compress_type}")
     if info.file_size > limit:
         raise ValueError(f"{name} must be at most {limit} bytes, got {info.file_size}")
     try:
@@ -176,7 +200,7 @@ class _ImageReader:
         }
 
     def _png(self, name: str, mode: str) -> Tensor:
-        content = _read_member(self.archive, name)
+        content = _read_member(self.archive, name, _MAX_PNG_BYTES)
         try:
             with open_image(content, ("PNG",)) as image:
                 self.pixels += image.width * image.height

@@ -20,7 +20,8 @@ def command() -> int:
     # A broken installation raises anything: what and how to mend it is the doctor's to say.
     except Exception as error:
         print(f"fewshot-d2 cannot start: {type(error).__name__}: {error}\n", file=sys.stderr)
-        return main([])
+        # Whatever the doctor finds, the command was not run.
+        return max(main([]), 1)
     return run()
 
 

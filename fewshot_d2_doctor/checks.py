@@ -45,6 +45,11 @@ KNOWN_PROBLEMS: tuple[tuple[str, str, str], ...] = (
         "pip install --force-reinstall --no-cache-dir pycocotools",
     ),
     ("fewshot_d2", r"No module named 'fewshot_d2'", "pip install --no-build-isolation -e ."),
+    (
+        "fewshot_d2",
+        r"No module named 'fcntl'",
+        "Windows itself is not supported: install it in WSL",
+    ),
 )
 
 
@@ -123,6 +128,19 @@ def _probe_pycocotools(_: ModuleType) -> str:
     return _version_of("pycocotools")
 
 
+def _probe_cv2(cv2: ModuleType) -> str:
+    registry = importlib.import_module("cv2.videoio_registry")
+    backends = map(registry.getBackendName, registry.getStreamBackends())
+    return f"{cv2.__version__}, {'reads videos' if 'FFMPEG' in backends else 'reads few videos: no FFmpeg'}"
+
+
+def _probe_fewshot_d2(_: ModuleType) -> str:
+    # Both import what the package itself does not: tables, progress, plots, k-means.
+    for part in ("cli.main", "engine"):
+        importlib.import_module(f"fewshot_d2.{part}")
+    return _version_of("fewshot_d2")
+
+
 def _plain(package: str) -> Callable[[ModuleType], str]:
     return lambda module: str(getattr(module, "__version__", None) or _version_of(package))
 
@@ -130,12 +148,12 @@ def _plain(package: str) -> Callable[[ModuleType], str]:
 _MODULES: dict[str, Callable[[ModuleType], str]] = {
     "numpy": _plain("numpy"),
     "PIL": _plain("Pillow"),
-    "cv2": _plain("opencv-python-headless"),
+    "cv2": _probe_cv2,
     "torch": _plain("torch"),
     "torchvision": _probe_torchvision,
     "pycocotools": _probe_pycocotools,
     "detectron2": _probe_detectron2,
-    "fewshot_d2": _plain("fewshot_d2"),
+    "fewshot_d2": _probe_fewshot_d2,
 }
 
 

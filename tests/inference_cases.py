@@ -50,9 +50,14 @@ def write_photos(folder: Path, number: int = 3, size: tuple[int, int] = (48, 64)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"photo_{i}.jpg" for i in range(number)]
     for i, path in enumerate(paths):
-        pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2)).save(path, quality=95)
+        noise_picture(size, i).save(path, quality=95)
     return paths
+
+
+def noise_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Blurred noise of a (height, width)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
 
 
 def write_model(folder: Path) -> None:

@@ -1,7 +1,12 @@
 """The command line: what it refuses and how it says so; the doctor; the check of examples."""
 
+import csv
+import dataclasses
 import importlib
+import json
 import math
+import signal
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -12,10 +17,16 @@ from factories import random_support
 from inference_cases import write_model, write_photos
 
 import fewshot_d2_doctor
-from fewshot_d2 import Support, SupportSet
+from fewshot_d2 import FewShotPredictor, Support, SupportFeatures, SupportSet
 from fewshot_d2.cli.common import read_thresholds, table
 from fewshot_d2.cli.main import main
-from fewshot_d2.inference.exemplar_check import ShotCheck, check_examples, suggested_threshold
+from fewshot_d2.inference.exemplar_check import (
+    ShotCheck,
+    check_examples,
+    picture_of,
+    suggested_threshold,
+)
+from fewshot_d2.support_files import read_features
 from fewshot_d2_doctor.checks import BROKEN, KNOWN_PROBLEMS, OK, known_fix, module_finding
 
 
@@ -61,6 +72,60 @@ def test_find_refuses_with_one_line(folder, capsys, arguments, message):
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
+def test_find_shows_progress_and_a_table(folder, capsys):
+    write_photos(folder / "photos", 3)
+    (folder / "photos" / "bad.jpg").write_bytes(b"no")
+    assert main(["find", *SUPPORT, *SEARCH, *MODEL, "--threshold", "0"]) == 0
+    out, bar = capsys.readouterr()
+    # tqdm: done of all, time taken and time left.
+    assert "4/4 [" in bar and "images" in bar and "<" in bar
+    head, _, row, *rest = out.splitlines()
+    assert head.split() == ["class", "found", "images", "with", "it"]
+    counts = list(csv.DictReader((folder / "out" / "counts.csv").open()))
+    found = [int(line["cup"]) for line in counts]
+    assert len(found) == 3 and sum(found) > 0
+    assert row.split() == ["cup", str(sum(found)), str(sum(n > 0 for n in found))]
+    assert rest[0].startswith("3 images in") and "1 skipped" in rest[1] and "bad.jpg" in rest[2]
+
+
+def test_find_uses_the_features_of_a_file(folder, monkeypatch):
+    assert main(["support", "create", "set.zip", "photos/photo_0.jpg::cup"]) == 0
+    assert main(["support", "encode", "set.zip", *MODEL]) == 0
+    encode = FewShotPredictor._encoded
+    monkeypatch.setattr(FewShotPredictor, "_encoded", lambda *_: pytest.fail("encoded again"))
+    assert main(["find", "--supports", "set.zip", *SEARCH, *MODEL]) == 0
+    monkeypatch.setattr(FewShotPredictor, "_encoded", encode)
+    assert sorted(read_features("out/supports.zip")) == sorted(read_features("set.zip")) != []
+
+
+def test_an_interrupted_find_keeps_what_was_found(folder, monkeypatch, capsys):
+    write_photos(folder / "photos", 6)
+    detect, done = FewShotPredictor._detect, []
+
+    def interrupted(self, batch):
+        done.append(len(batch))
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return detect(self, batch)
+
+    monkeypatch.setattr(FewShotPredictor, "_detect", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["find", *SUPPORT, *SEARCH, *MODEL]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "only 3 of 6 images were searched" in capsys.readouterr().out
+    images = json.loads((folder / "out" / "images.json").read_text())["images"]
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert [image["id"] for image in images] == [1, 2, 3]
+    assert {row["image_id"] for row in results} <= {1, 2, 3}
+    assert not list((folder / "out").rglob("*.tmp"))
+
+
+def test_find_of_a_broken_video_alone_says_so(folder, capsys):
+    (folder / "a.mp4").write_bytes(b"no video")
+    assert main(["find", *SUPPORT, *MODEL, "--images", "a.mp4", "--output", "out"]) == 1
+    assert "a.mp4 must be a video" in capsys.readouterr().out
+
+
 def test_thresholds_of_a_file_come_before_the_default(tmp_path):
     (tmp_path / "t.json").write_text('{"thresholds": {"b": 0.25}}')
     assert read_thresholds(str(tmp_path / "t.json"), 0.5, ["a", "b"]) == (0.5, 0.25)
@@ -80,6 +145,11 @@ def test_support_files_are_never_written_over(folder, capsys):
     assert main(["support", "create", "config.yaml", "photos/photo_0.jpg::cup"]) == 2
     assert "must not exist yet" in capsys.readouterr().err
     assert main(["support", "create", "new.zip"]) == 2
+    assert main(["support", "create", "new.zip", "photos/photo_0.jpg::cup"]) == 0
+    content = (folder / "new.zip").read_bytes()
+    assert main(["support", "inspect", "new.zip", "--sheet", "new.zip"]) == 2
+    assert "--sheet must be a file name that ends in .png" in capsys.readouterr().err
+    assert (folder / "new.zip").read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -127,6 +197,17 @@ def test_doctor_survives_what_cannot_be_imported(monkeypatch, capsys):
     assert len(KNOWN_PROBLEMS) >= 10
 
 
+def test_a_command_that_cannot_start_never_ends_with_success(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fewshot-d2", "find"])
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    for name in [n for n in sys.modules if n.startswith("fewshot_d2.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert fewshot_d2_doctor.command() == 1
+    out, err = capsys.readouterr()
+    assert "cannot start" in err and "tabulate" in err
+    assert "BROKEN  fewshot_d2" in out and "1 must be mended" in out
+
+
 def test_doctor_finds_this_installation_whole(capsys):
     assert fewshot_d2_doctor.main(["--data-sets"]) == 0
     out = capsys.readouterr().out
@@ -136,18 +217,34 @@ def test_doctor_finds_this_installation_whole(capsys):
 class Finder:
     """A predictor that finds in a picture what has the same mean colour, and says how sure it is."""
 
-    def set_support(self, support_set):
-        self.classes = [
-            [float(shot.image.float().mean()) for shot in shots] for shots in support_set.examples
-        ]
+    def __init__(self, sharpness=0.0):
+        """``sharpness``: of a softmax over classes and background (0.5); 0 = each class has a score of its own."""
+        self.sharpness = sharpness
+
+    def set_support(self, support):
+        if isinstance(support, SupportSet):
+            means = [
+                torch.tensor([[float(shot.image.float().mean()) for shot in shots]])
+                for shots in support.positives()
+            ]
+            parts = [
+                SupportFeatures({"means": m, "real": torch.ones_like(m)}, [i], system="Finder")
+                for i, m in enumerate(means)
+            ]
+            support = SupportFeatures.cat(parts)
+        means, real = support.tensors["means"], support.tensors["real"] > 0
+        self.classes = [row[kept].tolist() for row, kept in zip(means, real, strict=True)]
+        return support
 
     def predict(self, image):
         mean = float(image.mean())
         found = Instances(image.shape[:2])
-        height, width = image.shape[:2]
         scores = [max(1 - abs(mean - m) / 100 for m in means) for means in self.classes]
-        found.pred_boxes = Boxes(torch.tensor([[0.0, 0, width, height]] * len(scores)))
+        found.pred_boxes = Boxes(torch.tensor([[1.0, 1, 5, 5]] * len(scores)))
         found.scores = torch.tensor(scores).clamp(min=0)
+        if self.sharpness:
+            logits = torch.cat([found.scores, torch.tensor([0.5])])
+            found.scores = (self.sharpness * logits).softmax(0)[:-1]
         found.pred_classes = torch.arange(len(scores))
         return found
 
@@ -156,7 +253,8 @@ class Finder:
 
 
 def shot(value):
-    return Support(torch.full((3, 8, 8), value, dtype=torch.uint8))
+    """A small part of a picture of one colour."""
+    return Support(torch.full((3, 8, 8), value, dtype=torch.uint8), torch.tensor([1.0, 1, 5, 5]))
 
 
 def test_check_names_the_odd_one_out_and_the_confusable_class():
@@ -170,6 +268,41 @@ def test_check_names_the_odd_one_out_and_the_confusable_class():
     assert b.confusable_score == pytest.approx(0.85)
     # c's examples score 1 on their own and at most 0.85 on others.
     assert 0.85 < checks[2].threshold < 1
+
+
+def test_thresholds_are_of_scores_with_all_classes_where_classes_compete():
+    classes = [[shot(10)], [shot(30)], [shot(50)]]
+    support_set = SupportSet([1, 2, 3], ["a", "b", "c"], classes)
+    finder = Finder(sharpness=3.0)
+    checks = check_examples(finder, support_set)
+    finder.set_support(support_set)
+    for k, check in enumerate(checks):
+        score = float(finder.predict(np.full((8, 8, 3), 10 + 20 * k, np.uint8)).scores[k])
+        assert check.shots[0].self_score == pytest.approx(score)
+        assert check.threshold <= score
+
+
+def test_an_example_that_fills_its_image_is_searched_on_paper(rng):
+    image = torch.randint(0, 256, (3, 6, 9), generator=rng, dtype=torch.uint8)
+    image[:, [0, -1]] = 200
+    for box in (None, torch.tensor([1.0, 0, 9, 6])):
+        example = Support(image, box)
+        picture, region = picture_of(example)
+        assert picture.shape == (18, 27, 3) and (picture[0] == 200).all()
+        assert np.array_equal(picture[6:12, 9:18, ::-1], image.permute(1, 2, 0))
+        assert region.tolist() == (example.region + torch.tensor([9, 6, 9, 6])).tolist()
+    part = Support(image, torch.tensor([1.0, 1, 5, 5]))
+    picture, region = picture_of(part)
+    assert np.array_equal(picture[:, :, ::-1], image.permute(1, 2, 0))
+    assert torch.equal(region, part.box)
+    picture, region = picture_of(Support(torch.zeros(3, 100, 2000, dtype=torch.uint8)))
+    assert picture.shape == (150, 3000, 3) and region.tolist() == [1000, 50, 2000, 100]
+
+
+def test_check_counts_examples_as_the_contact_sheet_does():
+    negative = dataclasses.replace(shot(0), negative=True)
+    [check] = check_examples(Finder(), SupportSet([1], ["a"], [[negative, shot(9), shot(12)]]))
+    assert [s.number for s in check.shots] == [2, 3]
 
 
 def test_verdicts():
@@ -188,6 +321,12 @@ def test_suggested_threshold():
     # Background of unlabelled pictures raises it, but never above what is right.
     assert suggested_threshold([0.9], [], [0.6, 0.62, 0.61, 0.91]) == pytest.approx(0.76, abs=0.01)
     assert suggested_threshold([0.5], [], [0.1, 0.99, 0.98]) <= 0.5
+
+
+def test_suggested_threshold_leaves_something_to_be_found():
+    # Wrong ones score higher: above all is no better than below all.
+    assert suggested_threshold([0.05], [0.5]) <= 0.05
+    assert suggested_threshold([0.49996], [], [0.1, 0.99, 0.98]) <= 0.49996
 
 
 def test_suggested_threshold_makes_the_fewest_errors_of_all():

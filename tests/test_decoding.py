@@ -3,12 +3,13 @@
 import os
 import struct
 import zlib
+from random import Random
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fewshot_d2.decoding import printable, read_rgb
+from fewshot_d2.decoding import decode_rgb, printable, read_rgb
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -115,3 +116,22 @@ def test_printable_names_are_utf8_on_one_line():
     assert printable(odd) == r"a\xffb\n\x1b[31m.jpg"
     assert printable("tässe.jpg") == "tässe.jpg"
     printable("\ud800").encode("utf-8")
+
+
+def test_paper_below_transparent_parts_may_be_black(tmp_path):
+    Image.fromarray(np.zeros((2, 2, 4), np.uint8)).save(tmp_path / "a.png")
+    assert (read_rgb(tmp_path / "a.png", paper=0) == 0).all()
+
+
+def test_broken_exif_is_no_reason_to_refuse_a_photo(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    Image.fromarray(PIXELS).save(tmp_path / "a.jpg", quality=100, exif=exif)
+    content, length = (tmp_path / "a.jpg").read_bytes(), len(exif.tobytes())
+    start, random, shapes = content.find(b"Exif") + 6, Random(0), set()
+    for _ in range(2000):
+        broken = bytearray(content)
+        for _ in range(random.randint(1, 4)):
+            broken[start + random.randrange(length - 6)] = random.randrange(256)
+        shapes.add(decode_rgb(bytes(broken)).shape)
+    assert shapes == {(5, 7, 3), (7, 5, 3)}

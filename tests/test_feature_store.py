@@ -7,7 +7,7 @@ import pytest
 import torch
 from factories import random_support, random_support_set, tiny_config
 
-from fewshot_d2 import FewShotPredictor, SupportSet
+from fewshot_d2 import FewShotPredictor, SupportSet, support_files
 from fewshot_d2.inference.feature_store import (
     examples_sha256,
     load_features,
@@ -122,3 +122,58 @@ def test_features_that_lie_about_themselves_are_refused(rng, tmp_path, key, valu
             archive.writestr(name, content)
     with pytest.raises(ValueError, match="a.zip must be a support-set file"):
         read_features(path)
+
+
+def test_features_of_another_file_are_copied_and_not_computed(
+    predictor, rng, tmp_path, monkeypatch
+):
+    support_set = random_support_set(rng)
+    predictor.save_support(tmp_path / "old.zip", support_set)
+    monkeypatch.setattr(predictor.model, "encode_support", lambda _: pytest.fail("encoded again"))
+    predictor.save_support(tmp_path / "new.zip", support_set, stored_in=[tmp_path / "old.zip"])
+    assert load_features(tmp_path / "new.zip", support_set, predictor.sha256) is not None
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, 4), torch.tensor(1.0)])
+def test_features_that_do_not_fit_the_classes_name_their_file(rng, tmp_path, tensor):
+    path, support_set = tmp_path / "a.zip", random_support_set(rng)
+    entry = {"tensors": {"a": tensor}, "examples_sha256": examples_sha256(support_set)}
+    write_archive(path, support_set.rows(), {"m": entry})
+    with pytest.raises(ValueError, match="a.zip must be a support-set file"):
+        load_features(path, support_set, "m")
+
+
+def test_many_tensors_of_one_member_are_refused_unread(rng, tmp_path, monkeypatch):
+    path = tmp_path / "a.zip"
+    entries = {f"m{i}": {"tensors": {"a": torch.ones(2, 50)}} for i in range(5)}
+    write_archive(path, random_support_set(rng).rows(), entries)
+    monkeypatch.setattr(support_files, "_MAX_FEATURE_BYTES", 1000)
+    with pytest.raises(ValueError, match="a.zip .*features must be at most 1000 bytes, got 2000"):
+        read_features(path)
+    # Those of one model are few enough.
+    assert list(read_features(path, "m3")) == ["m3"]
+
+
+def test_what_could_not_be_read_is_not_written(rng, tmp_path, monkeypatch):
+    support_set = random_support_set(rng)
+    monkeypatch.setattr(support_files, "_MAX_PIXELS_IN_ALL", 2 * 30 * 24)
+    support_set.save(tmp_path / "a.zip")
+    assert len(SupportSet.load(tmp_path / "a.zip")) == 2
+    support_set.examples[0][0].mask = torch.ones(30, 24, dtype=torch.bool)
+    with pytest.raises(ValueError, match="pixels in all .* for .*b.zip"):
+        support_set.save(tmp_path / "b.zip")
+    assert not (tmp_path / "b.zip").exists()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compression_is_refused(rng, tmp_path, method):
+    random_support_set(rng).save(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(
+        ValueError, match=f"b.zip .* must be stored or deflated, got method {method}"
+    ):
+        SupportSet.load(tmp_path / "b.zip")

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import threading
 from contextlib import redirect_stdout
 from io import StringIO
@@ -11,12 +12,22 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import pairwise_iou
 from factories import random_support_set, tiny_config
-from inference_cases import same_instances, small_config, system_configs, write_photos
+from inference_cases import (
+    noise_picture,
+    same_instances,
+    small_config,
+    system_configs,
+    write_photos,
+)
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from torch import nn
 
 from fewshot_d2 import FewShotPredictor, SupportSet
+from fewshot_d2.inference import find as find_module
+from fewshot_d2.inference import sources
 from fewshot_d2.inference.find import find
 from fewshot_d2.inference.pipeline import mapped_ahead
 from fewshot_d2.inference.result_folder import ResultFolder, file_safe, rle_of_mask
@@ -57,19 +68,21 @@ def test_folders_patterns_and_files(tmp_path):
             Pictures([str(pattern)])
 
 
-def test_frames_of_a_video(tmp_path):
-    path = str(tmp_path / "clip.avi")
-    video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
-    for i in range(7):
-        video.write(np.full((48, 64, 3), 30 * i, np.uint8))
+def write_clip(path, frames):
+    """A video whose frame i has the grey value 30 i, at most 255."""
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for i in range(frames):
+        video.write(np.full((48, 64, 3), min(30 * i, 255), np.uint8))
     video.release()
+    return path
+
+
+def test_frames_of_a_video(tmp_path):
+    path = str(write_clip(tmp_path / "clip.avi", 7))
     pictures = Pictures([path], every=3)
     found = list(pictures)
     assert len(pictures) == 3 and [p.name for p in found] == [f"{path}#{i}" for i in (0, 3, 6)]
     assert [round(float(p.read().mean()) / 30) for p in found] == [0, 3, 6]
-    (tmp_path / "bad.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match="bad.mp4 must be a readable video"):
-        list(Pictures([str(tmp_path / "bad.mp4")]))
     with pytest.raises(ValueError, match="every must be"):
         Pictures([path], every=0)
 
@@ -191,9 +204,133 @@ def test_one_support_set_file_serves_every_system(system, rng, tmp_path):
 
 
 @pytest.mark.parametrize("system", sorted(system_configs()))
-def test_bfloat16_runs_in_every_system(system, rng):
+def test_bfloat16_finds_what_full_precision_finds(system, rng):
+    cfg = small_config(system)
+    # All candidates: near a tie, which of them is kept is chance.
+    cfg.merge_from_list(
+        [
+            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0),
+            *("MODEL.RPN.NMS_THRESH", 1.0, "TEST.DETECTIONS_PER_IMAGE", 10000),
+            *("MODEL.RPN.PRE_NMS_TOPK_TEST", 5000, "MODEL.RPN.POST_NMS_TOPK_TEST", 5000),
+            *("INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 32),
+        ]
+    )
+    support_set, image = random_support_set(rng), np.asarray(noise_picture((24, 32)))
+    found = []
+    for precision in ("fp32", "bf16"):
+        predictor = FewShotPredictor(cfg, precision=precision)
+        keep_sizes(predictor, support_set, image)
+        predictor.set_support(support_set)
+        found.append(predictor.predict(image))
+    full, half = found
+    overlaps = pairwise_iou(full.pred_boxes, half.pred_boxes)
+    overlaps[full.pred_classes[:, None] != half.pred_classes] = 0
+    best, partner = overlaps.max(dim=1)
+    difference = (full.scores - half.scores[partner]).abs()
+    assert half.scores.dtype == half.pred_boxes.tensor.dtype == torch.float32
+    assert len(full) == len(half) > 20 and best.min() > 0.95
+    assert full.scores.std() > 0.01, "scores that are all alike would show nothing"
+    assert 0 < difference.max() <= 0.1 and difference.mean() <= 0.02
+
+
+def keep_sizes(predictor, support_set, image):
+    """Random weights such that each layer's output is of size 1, and boxes stay where the anchors are."""
     torch.manual_seed(0)
-    predictor = FewShotPredictor(small_config(system), precision="bf16")
-    predictor.set_support(random_support_set(rng))
-    found = predictor.predict(np.zeros((48, 64, 3), np.uint8))
-    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    hooks = []
+
+    def rescale(layer, _, output):
+        size = output.std().clamp(min=1e-6) if output.numel() > 1 else 1.0
+        layer.weight.data /= size
+        return output / size
+
+    for name, module in predictor.model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(module.weight)
+            if name.endswith(("anchor_deltas", "bbox_pred")):
+                nn.init.zeros_(module.weight)
+            else:
+                hooks.append(module.register_forward_hook(rescale))
+    dtype, predictor.dtype = predictor.dtype, None
+    predictor.set_support(support_set)
+    predictor.predict(image)
+    predictor.dtype = dtype
+    for hook in hooks:
+        hook.remove()
+
+
+def test_broken_videos_are_listed_and_the_others_searched(tmp_path, monkeypatch):
+    whole = str(write_clip(tmp_path / "a.avi", 7))
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    pictures = Pictures([str(tmp_path / "no.mp4"), whole], every=3)
+    no, *frames = pictures
+    assert len(pictures) == 4 and [p.reason for p in frames] == [""] * 3
+    with pytest.raises(ValueError, match=r"no.mp4 must be a video that OpenCV can read"):
+        no.read()
+    # A header that promises more than there is.
+    monkeypatch.setattr(sources, "_num_frames", lambda _: 9)
+    *frames, cut = Pictures([whole], every=3)
+    assert [p.name for p in frames] == [f"{whole}#{i}" for i in (0, 3, 6)]
+    with pytest.raises(ValueError, match="a.avi must be a whole video, got 7 of 9 frames"):
+        cut.read()
+
+
+def test_frames_of_a_hostile_size_are_not_decoded(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.avi", 2)
+    monkeypatch.setattr(sources, "MAX_PIXELS", 64 * 48 - 1)
+    [picture] = Pictures([str(path)])
+    assert picture.reason
+
+
+def test_a_file_is_searched_once_and_what_cannot_be_listed_is_told(tmp_path, monkeypatch, caplog):
+    photos = write_photos(tmp_path / "in", 2)
+    again = [str(tmp_path / "in"), str(photos[1]), str(tmp_path / "in" / ".." / "in" / "*.jpg")]
+    assert Pictures(again).files == list(map(str, photos))
+    walk = os.walk
+
+    def walked(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/locked"))
+        yield from walk(folder)
+
+    monkeypatch.setattr(os, "walk", walked)
+    assert len(Pictures([str(tmp_path / "in")])) == 2
+    assert "in/locked is passed over: Permission denied" in caplog.text
+
+
+def test_pictures_of_one_name_do_not_overwrite_each_other(predictor, rng, tmp_path):
+    for folder in ("a", "b", "a/c"):
+        write_photos(tmp_path / "in" / folder, 1)
+    predictor.set_support(random_support_set(rng, ways=1))
+    summary = run(
+        predictor, random_support_set(rng, ways=1), [str(tmp_path / "in")], tmp_path / "o", 0
+    )
+    assert summary.num_images == 3 == len(list((tmp_path / "o" / "pictures").iterdir()))
+    assert len(list((tmp_path / "o" / "crops").rglob("*.jpg"))) == summary.counts[0] > 3
+
+
+def test_large_masks_do_not_wait_and_give_the_same(predictor, rng, tmp_path, monkeypatch):
+    write_photos(tmp_path / "in", 3)
+    support_set = random_support_set(rng)
+    run(predictor, support_set, [str(tmp_path / "in")], tmp_path / "a", 0.3)
+    threads, draw = [], ResultFolder.draw
+
+    def watched(*arguments):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return draw(*arguments)
+
+    monkeypatch.setattr(ResultFolder, "draw", watched)
+    monkeypatch.setattr(find_module, "_WAITING_MASKS", 1)
+    seen = []
+    predictor.set_support(support_set)
+    folder = ResultFolder(
+        tmp_path / "b", class_ids=[10, 20], class_names=["x" * 10**6, "b"], thresholds=[0.3] * 2
+    )
+
+    def progress(queries):
+        for query in queries:
+            seen.append(query)
+            yield query
+
+    find(predictor, Pictures([str(tmp_path / "in")]), folder, progress=progress)
+    assert threads == [True] * 3 and all(q.instances is q.image is None for q in seen)
+    a, b = ((tmp_path / name / "results.json").read_text() for name in "ab")
+    assert a == b and len(json.loads(a)) > 3

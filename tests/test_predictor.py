@@ -164,3 +164,33 @@ def test_config_may_be_a_file_and_weights_an_argument(tmp_path, rng):
     from_config.set_support(support)
     assert len(from_files.predict(image))
     assert same_instances(from_files.predict(image), from_config.predict(image))
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "cpu:-3"])
+def test_devices_that_are_not_there_are_refused_in_one_line(device):
+    with pytest.raises(
+        ValueError, match=rf"device must be one that torch has, got '{device}'"
+    ) as e:
+        FewShotPredictor(tiny_config(), device=device)
+    assert "\n" not in str(e.value)
+
+
+def test_random_weights_and_unused_negatives_are_told(rng, caplog):
+    predictor = FewShotPredictor(tiny_config())
+    assert "what SiameseMaskRCNN finds is random" in caplog.text
+    support = random_support_set(rng)
+    predictor.set_support(support)
+    assert "negative" not in caplog.text
+    support.examples[0].append(Support(support.examples[0][0].image, negative=True))
+    predictor.set_support(support)
+    assert "SiameseMaskRCNN has no use for negative examples: 1 left out" in caplog.text
+
+
+def test_features_of_a_tuned_model_are_not_those_of_its_weights(rng, tmp_path):
+    overrides = [*TINY_REPMET_OVERRIDES, "FEWSHOT.FINETUNE.BASE_LR", 0.01]
+    torch.manual_seed(0)
+    predictor = FewShotPredictor(load_config(str(TINY_REPMET), overrides))
+    support, before = random_support_set(rng), predictor.sha256
+    with predictor.fine_tuned(support):
+        assert predictor.sha256 != before
+    assert predictor.sha256 == before

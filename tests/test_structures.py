@@ -8,7 +8,8 @@ import pytest
 import torch
 from factories import random_support, random_support_set
 
-from fewshot_d2 import Support, SupportFeatures, SupportSet
+from fewshot_d2 import Support, SupportFeatures, SupportSet, support_files
+from fewshot_d2.decoding import MAX_PIXELS
 
 IMAGE = torch.zeros(3, 10, 20, dtype=torch.uint8)
 
@@ -132,6 +133,11 @@ def test_broken_file_is_named(kind, rng, tmp_path):
         SupportSet.load(path)
 
 
+def test_every_image_that_is_read_can_be_kept():
+    # Noise in a PNG: three bytes a pixel, a thousandth more for its blocks, and a byte a row.
+    assert support_files._MAX_PNG_BYTES > 3.003 * MAX_PIXELS + 8000
+
+
 def test_decompression_bomb_is_refused_unread(rng, tmp_path):
     path = tmp_path / "bomb.zip"
     random_support_set(rng).save(path)
@@ -139,7 +145,7 @@ def test_decompression_bomb_is_refused_unread(rng, tmp_path):
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            archive.writestr(name, bytes(100 << 20) if name == "0_0.png" else content)
+            archive.writestr(name, bytes(201 << 20) if name == "0_0.png" else content)
     with pytest.raises(ValueError, match="0_0.png must be at most"):
         SupportSet.load(path)
 

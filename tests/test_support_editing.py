@@ -71,7 +71,7 @@ def test_mask_gives_box_and_mask(photo, tmp_path):
         (mask[:5], "support mask must"),
     ):
         Image.fromarray(wrong).save(tmp_path / "m.png")
-        with pytest.raises(ValueError, match=f"a.png: .*{message}"):
+        with pytest.raises(ValueError, match=f"a.png with mask .*m.png: .*{message}"):
             support_set_of([f"{photo}:mask={tmp_path / 'm.png'}:cup"])
 
 
@@ -126,3 +126,17 @@ def test_contact_sheet_shows_every_example(rng):
         for i in range(3):
             wanted = np.array([40 * (k + 1), 60 * (i + 1), 7])
             assert (np.abs(sheet.astype(int) - wanted).max(axis=1) <= 1).sum() > 5000
+
+
+def test_transparent_parts_of_a_mask_are_not_the_example(photo, tmp_path):
+    mask = np.zeros((10, 20, 4), np.uint8)
+    mask[3:5, 6:11] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    [[shot]] = support_set_of([f"{photo}:mask={tmp_path / 'm.png'}:cup"]).examples
+    assert shot.box.tolist() == [6, 3, 11, 5]
+
+
+def test_a_name_of_a_million_letters_is_cut(rng):
+    long = SupportSet([1], ["w" * 1_000_000], [[random_support(rng)]])
+    short = SupportSet([1], ["w" * 300], [[random_support(rng)]])
+    assert contact_sheet(long).shape == contact_sheet(short).shape

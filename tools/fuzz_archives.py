@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import struct
 import zipfile
 from pathlib import Path
 from random import Random
@@ -141,11 +142,17 @@ def traverse(path: Path, rng: Random) -> None:
 def bomb(path: Path, rng: Random) -> None:
     """A member, or an image, that is small and unpacks to more than there is."""
     members = members_of(path)
-    kind = rng.choices(range(3), [10, 10, 1])[0]
+    kind = rng.choices(range(4), [10, 10, 1, 5])[0]
     if kind == 0:
         members["0_0.png"] = _ZEROS
     elif kind == 1:
         members["support_set.json"] = b"[" * rng.choice([1000, 100_000, 20_000_000])
+    elif kind == 3:
+        # One member for thousands of tensors.
+        row = {"member": "features/0.bin", "dtype": "uint8", "shape": [1, 32 << 20]}
+        tensors = {str(i): row for i in range(rng.choice([100, 5000]))}
+        members["features/0.bin"] = _ZEROS[: 32 << 20]
+        members["features.json"] = json.dumps({"model": {"tensors": tensors}}).encode()
     else:
         content = json.loads(members["support_set.json"])
         content["classes"][0]["examples"] *= 500
@@ -170,6 +177,9 @@ def break_header(path: Path, rng: Random) -> None:
     entry = content.rfind(b"PK\x01\x02")
     offset, size = rng.choice([(8, 2), (10, 2), (20, 4), (24, 4), (28, 2), (42, 4)])
     content[entry + offset : entry + offset + size] = rng.randbytes(size)
+    if offset == 10:
+        # Methods that zipfile knows: deflate64, bzip2, LZMA, Zstandard.
+        struct.pack_into("<H", content, entry + offset, rng.choice([9, 12, 14, 93, 99]))
     path.write_bytes(content)
 
 

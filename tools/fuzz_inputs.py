@@ -158,6 +158,9 @@ def specification_case(folder: Path, rng: Random) -> tuple[str, str]:
     """Kind and outcome of one ``IMAGE:x,y,w,h:CLASS``."""
     path = folder / odd_name(rng, ".png")
     images.Image.new("RGB", (20, 10), (9, 9, 9)).save(path, "PNG")
+    white, small = folder / "white.png", folder / "small.png"
+    images.Image.new("L", (20, 10), 255).save(white)
+    images.Image.new("L", (19, 10), 255).save(small)
     numbers = [
         "0",
         "3",
@@ -179,7 +182,7 @@ def specification_case(folder: Path, rng: Random) -> tuple[str, str]:
         "box": f"{rng.randint(0, 9)},{rng.randint(0, 4)},{rng.randint(1, 9)},{rng.randint(1, 4)}",
         "box outside": f"{rng.choice([-50, 20, 21, 900])},{rng.choice([-50, 10, 99])},{rng.randint(0, 9)},5",
         "odd box": ",".join(rng.choices(numbers, k=rng.randint(2, 6))),
-        "mask": f"mask={rng.choice([path, folder / 'none.png', folder, '/dev/zero'])}",
+        "mask": f"mask={rng.choice([path, white, small, folder / 'none.png', folder, '/dev/zero'])}",
     }.get(kind, "")
     culprit = path.name
     text = f"{path}:{region}:{name}"
@@ -200,10 +203,10 @@ def specification_case(folder: Path, rng: Random) -> tuple[str, str]:
             return shot.box.tolist() == [x, y, min(x + width, 20), min(y + height, 10)]
         box = shot.region
         inside = 0 <= box[0] < box[2] <= 20 and 0 <= box[1] < box[3] <= 10
-        return bool(inside) and kind in ("odd box", "whole")
+        return bool(inside) and (kind in ("odd box", "whole") or str(white) in region)
 
     outcome = judge(attempt, printable(culprit))
-    if kind in ("box", "whole") and outcome == CLEAR:
+    if (kind in ("box", "whole") or str(white) in region) and outcome == CLEAR:
         outcome = f"{FAILED}: a good specification was refused"
     return f"specification, {kind}", outcome
 
@@ -234,7 +237,10 @@ def find_case(folder: Path, rng: Random, model: list[str], watch: Watch) -> tupl
         rows = [len((output / f).read_text().splitlines()) for f in ("counts.csv", "skipped.csv")]
         return sum(rows) - 2 == number
 
-    return "find on a folder of eight images", judge(attempt, "")
+    outcome = judge(attempt, "")
+    if outcome == CLEAR:
+        outcome = f"{FAILED}: images that are good were not searched"
+    return "find on a folder of eight images", outcome
 
 
 def write_model(folder: Path) -> list[str]:

@@ -1,9 +1,14 @@
 """``fewshot-d2 find``: search pictures for what is on the examples."""
 
 import argparse
+import contextlib
 import functools
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -44,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     supports = read_supports(args)
     thresholds = read_thresholds(args.thresholds, args.threshold, supports.class_names)
     pictures = Pictures(args.images, every=args.every)
+    total = len(pictures)
     predictor = build_predictor(args)
     folder = ResultFolder(
         args.output,
@@ -53,13 +59,50 @@ def run(args: argparse.Namespace) -> int:
         with_pictures=not args.no_pictures,
         with_crops=not args.no_crops,
     )
-    predictor.set_support(supports, stored_in=args.supports)
-    predictor.save_support(folder.folder / "supports.zip", supports)
+    predictor.save_support(folder.folder / "supports.zip", supports, stored_in=args.supports)
     start = time.perf_counter()
-    bar = functools.partial(tqdm, total=len(pictures), unit=" images", dynamic_ncols=True)
-    summary = find(predictor, pictures, folder, progress=bar)
+    bar = functools.partial(tqdm, total=total, unit=" images", dynamic_ncols=True)
+    with _stopped_by_interrupt() as is_stopped:
+        progress = functools.partial(_until, is_stopped, bar)
+        summary = find(predictor, pictures, folder, progress=progress)
     print_summary(summary, supports.class_names, folder.folder, time.perf_counter() - start)
+    if is_stopped():
+        done = summary.num_images + summary.num_skipped
+        print(f"interrupted: only {done} of {total} images were searched, results are of these")
+        return 130
     return 0 if summary.num_images else 1
+
+
+def _until(
+    is_stopped: Callable[[], bool],
+    bar: Callable[[Iterator[Any]], Iterable[Any]],
+    items: Iterator[Any],
+) -> Iterator[Any]:
+    """``bar`` up to the item at which it is stopped."""
+    with contextlib.closing(items):
+        for item in bar(items):
+            yield item
+            if is_stopped():
+                return
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only asks to stop, so that what was found is written; the second one is as usual."""
+    asked = threading.Event()
+
+    def stop(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # Signals are the main thread's alone.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, stop) if is_main else None
+    try:
+        yield asked.is_set
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def print_summary(summary: Summary, class_names: list[str], output: Path, seconds: float) -> None:

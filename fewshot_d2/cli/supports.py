@@ -99,6 +99,10 @@ def merge(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print what is in a file, and draw it."""
+    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
+        raise ValueError(
+            f"--sheet must be a file name that ends in .png, got {printable(args.sheet)}"
+        )
     support_set = SupportSet.load(args.file)
     _print(support_set)
     if args.sheet:

@@ -1,7 +1,8 @@
 """Is an example any good? It is searched with in pictures whose answer is known: those of the examples themselves.
 
 K classes, S positive examples a class. A detection *covers* an example at IoU 0.5 with its region. Every test goes
-through the predictor alone, so that it is the same for every system.
+through the predictor alone, so that it is the same for every system. All classes are searched together, as ``find``
+does: in a system whose classes compete (RepMet's softmax) a score depends on which others there are.
 """
 
 import math
@@ -9,12 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, pairwise_iou
+from PIL import Image
+from torch import Tensor
 
 from ..predictor import FewShotPredictor, ImageSource
-from ..structures import Support, SupportSet
+from ..structures import Support, SupportFeatures, SupportSet
 
 _MIN_IOU = 0.5
+# Share of its image that an example may fill and still be searched in it as it is.
+_MOST_FILLED = 0.5
+# Of an example that is laid on paper.
+_MAX_SIDE = 1000
 # Detections of a class that are looked at in each unlabelled picture.
 _PER_PICTURE = 20
 
@@ -25,7 +32,7 @@ class ShotCheck:
 
     Attributes:
         number (int): from 1 within its class.
-        self_score (float): best score of its own class on it, searched with it alone; 0 = not found again.
+        self_score (float): best score of its own class on it, which has this example alone; 0 = not found again.
         other_score (float): the same, searched with all other examples of its class; NaN with a single example.
         confusable (str): the other class that scores best on it, all classes searched; "" = none.
         confusable_score (float): that score.
@@ -67,12 +74,18 @@ def check_examples(
         unlabelled: pictures of the kind that will be searched, whatever is on them; unreadable ones are left out.
     """
     checks = [ClassCheck(name) for name in support_set.class_names]
+    # Each class is encoded once, however often it stands beside another one.
+    classes = [
+        predictor.set_support(_one_class(support_set, k, shots))
+        for k, shots in enumerate(support_set.positives())
+    ]
     for k, shots in enumerate(support_set.positives()):
-        for i, shot in enumerate(shots):
-            found = ShotCheck(i + 1, _score_with(predictor, support_set, k, [shot], shot))
+        numbers = [i for i, s in enumerate(support_set.examples[k], start=1) if not s.negative]
+        for i in range(len(shots)):
+            found = ShotCheck(numbers[i], _score_with(predictor, support_set, classes, k, [i]))
             if len(shots) > 1:
-                rest = shots[:i] + shots[i + 1 :]
-                found.other_score = _score_with(predictor, support_set, k, rest, shot)
+                rest = [j for j in range(len(shots)) if j != i]
+                found.other_score = _score_with(predictor, support_set, classes, k, rest, of=i)
             checks[k].shots.append(found)
     predictor.set_support(support_set)
     wrong = _look_for_confusions(predictor, support_set, checks)
@@ -86,17 +99,26 @@ def check_examples(
     return checks
 
 
+def _one_class(support_set: SupportSet, k: int, shots: Sequence[Support]) -> SupportSet:
+    return SupportSet([support_set.class_ids[k]], [support_set.class_names[k]], [list(shots)])
+
+
 def _score_with(
     predictor: FewShotPredictor,
     support_set: SupportSet,
+    classes: Sequence[SupportFeatures],
     k: int,
-    shots: Sequence[Support],
-    query: Support,
+    kept: Sequence[int],
+    of: int | None = None,
 ) -> float:
-    """Best score on an example when searched with ``shots`` of class k alone."""
-    one_class = SupportSet([support_set.class_ids[k]], [support_set.class_names[k]], [list(shots)])
-    predictor.set_support(one_class)
-    return float(_scores_on(predictor.predict(_bgr(query)), query, 1)[0])
+    """Best score of class k with but the ``kept`` examples on its example ``of`` (default: the first kept)."""
+    shots = support_set.positives()[k]
+    query = shots[kept[0] if of is None else of]
+    parts = list(classes)
+    if len(kept) < len(shots):
+        parts[k] = predictor.set_support(_one_class(support_set, k, [shots[i] for i in kept]))
+    predictor.set_support(SupportFeatures.cat(parts))
+    return float(_scores_on(predictor, query, len(classes))[k])
 
 
 def _look_for_confusions(
@@ -106,7 +128,7 @@ def _look_for_confusions(
     wrong: list[list[float]] = [[] for _ in checks]
     for k, shots in enumerate(support_set.positives()):
         for check, shot in zip(checks[k].shots, shots, strict=True):
-            scores = _scores_on(predictor.predict(_bgr(shot)), shot, len(checks))
+            scores = _scores_on(predictor, shot, len(checks))
             for other, score in enumerate(scores.tolist()):
                 if other != k:
                     wrong[other].append(score)
@@ -117,11 +139,13 @@ def _look_for_confusions(
     return wrong
 
 
-def _scores_on(instances: Instances, shot: Support, num_classes: int) -> np.ndarray:
+def _scores_on(predictor: FewShotPredictor, shot: Support, num_classes: int) -> np.ndarray:
     """Best score of each class among the detections that cover the example; ndarray[K], 0 where there is none."""
     best = np.zeros(num_classes)
+    picture, region = picture_of(shot)
+    instances = predictor.predict(picture)
     if len(instances):
-        covers = pairwise_iou(Boxes(shot.region[None]), instances.pred_boxes)[0] >= _MIN_IOU
+        covers = pairwise_iou(Boxes(region[None]), instances.pred_boxes)[0] >= _MIN_IOU
         kept = instances[covers]
         np.maximum.at(best, kept.pred_classes.numpy(), kept.scores.numpy())
     return best
@@ -145,8 +169,9 @@ def suggested_threshold(
     """A score between what is the class and what is not.
 
     Without unlabelled scores: where the fewest of ``right`` lie below and of ``wrong`` above, each as a share of its
-    kind, in the middle of the widest such gap. With nothing that is wrong, half of the lowest right one. With
-    unlabelled scores the gap is that of the best split of all scores into two groups (Otsu), which may only raise it.
+    kind, in the middle of the widest such gap, never above all of ``right``. With nothing that is wrong, half of the
+    lowest right one. With unlabelled scores the gap is that of the best split of all scores into two groups (Otsu),
+    which may only raise it.
 
     Args:
         right: scores in [0, 1] on examples of the class; 0 = not found, of no use here.
@@ -161,12 +186,13 @@ def suggested_threshold(
         split = _otsu(np.array([*right, *wrong, *unlabelled]))
         # Above the highest right score nothing would be found at all.
         threshold = max(threshold, min(split, right[0]))
-    return round(float(threshold), 3)
+    # Down: what has just the threshold's score stays.
+    return math.floor(1000 * float(threshold)) / 1000
 
 
 def _least_errors(right: Sequence[float], wrong: Sequence[float]) -> float:
     values = np.unique([0.0, *right, *wrong, 1.0])
-    middles = (values[1:] + values[:-1]) / 2
+    middles = ((values[1:] + values[:-1]) / 2)[values[:-1] < max(right)]
     missed = (np.asarray(right)[:, None] < middles).mean(axis=0)
     passed = (np.asarray(wrong)[:, None] >= middles).mean(axis=0)
     errors = missed + passed
@@ -189,5 +215,26 @@ def _otsu(scores: np.ndarray) -> float:
     return float(scores[split] + scores[split + 1]) / 2
 
 
-def _bgr(shot: Support) -> np.ndarray:
-    return shot.image.permute(1, 2, 0).numpy()[:, :, ::-1]
+def picture_of(shot: Support) -> tuple[np.ndarray, Tensor]:
+    """What an example is searched in: its own image.
+
+    An example that fills its image, as one that was cut out does, is laid in the middle of paper three times as wide
+    and high, of the colour of the image's edge: detectors look for things in pictures, not for whole pictures.
+
+    Returns:
+        uint8 (H, W, 3), BGR; Tensor[4]: the example in it, XYXY, absolute pixels.
+    """
+    pixels, region = shot.image.permute(1, 2, 0).numpy(), shot.region
+    height, width = shot.image_size
+    if Boxes(region[None]).area().item() <= _MOST_FILLED * height * width:
+        return pixels[:, :, ::-1], region
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    pixels = np.asarray(image)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    paper = Image.new(
+        "RGB", (3 * image.width, 3 * image.height), tuple(np.median(edge, 0).astype(int))
+    )
+    paper.paste(image, image.size)
+    scale = region.new_tensor([image.width / width, image.height / height] * 2)
+    return np.asarray(paper)[:, :, ::-1], region * scale + region.new_tensor(image.size * 2)

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from ..decoding import printable
 from ..files import canonical_sha256
 from ..structures import SupportFeatures, SupportSet
 from ..support_files import MAX_MEMBER_BYTES, read_features, write_archive
@@ -74,15 +75,15 @@ def load_features(
     Raises:
         ValueError: the file is broken.
     """
-    entry = read_features(path).get(model_hash)
+    entry = read_features(path, model_hash).get(model_hash)
     if entry is None or entry.get("examples_sha256") != examples_sha256(support_set):
         return None
-    return SupportFeatures(
-        entry["tensors"],
-        list(support_set.class_ids),
-        list(support_set.class_names),
-        str(entry.get("system", "")),
-    )
+    ids, names = list(support_set.class_ids), list(support_set.class_names)
+    try:
+        return SupportFeatures(entry["tensors"], ids, names, str(entry.get("system", "")))
+    # Of no axis, or of another number of classes.
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{printable(path)} must be a support-set file, got: {error}") from error
 
 
 def save_keeping_features(

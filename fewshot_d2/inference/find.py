@@ -8,6 +8,8 @@ from .pipeline import mapped_ahead
 from .result_folder import Found, ResultFolder
 from .sources import Picture
 
+# Bytes of masks that may wait to be written: those of a photo of 12 megapixels are a gigabyte.
+_WAITING_MASKS = 100 << 20
 # Of skipped pictures, that are shown at the end; a file lists them all.
 _NUM_REASONS = 5
 
@@ -52,20 +54,26 @@ def find(
 
     Args:
         predictor: with supports. pictures: read and held a few at a time; picture n has the image id n, from 1.
+            Nothing is left of a query's pixels and detections when they are written.
         folder: where results go. progress: passes on what it is given, one picture at a time, and may tell of it.
     """
     summary = Summary([0] * len(folder.class_ids), [0] * len(folder.class_ids))
 
-    def drawn(numbered: tuple[int, Query]) -> Found | Query:
-        image_id, query = numbered
-        if query.error is not None:
-            return query
-        picture = query.source
-        return folder.draw(image_id, picture.name, picture.stem, query.image, query.instances)
+    def drawn(item: tuple[int, Query] | Found) -> Found | Query:
+        if isinstance(item, Found) or item[1].error is not None:
+            return item if isinstance(item, Found) else item[1]
+        image_id, query = item
+        name, stem = query.source.name, query.source.stem
+        found = folder.draw(image_id, name, stem, query.image, query.instances)
+        query.image = query.instances = query.tensor = None
+        return found
+
+    def waiting() -> Iterator[tuple[int, Query] | Found]:
+        for item in enumerate(progress(predictor.search(pictures, Picture.read)), start=1):
+            yield drawn(item) if _mask_bytes(item[1]) > _WAITING_MASKS else item
 
     with folder.writing() as (add, skip):
-        queries = progress(predictor.search(pictures, Picture.read))
-        for result in mapped_ahead(drawn, enumerate(queries, start=1), ahead=2):
+        for result in mapped_ahead(drawn, waiting(), ahead=2):
             if isinstance(result, Found):
                 add(result)
                 summary.add(result.counts)
@@ -73,3 +81,8 @@ def find(
                 skip(result.source.name, str(result.error))
                 summary.skip(str(result.error))
     return summary
+
+
+def _mask_bytes(query: Query) -> int:
+    found = query.instances
+    return found.pred_masks.numel() if found is not None and found.has("pred_masks") else 0

@@ -23,6 +23,8 @@ from ..files import atomic_path
 from ..visualization import draw_instances
 
 _JPEG_QUALITY = 90
+# Letters of a class's name that are drawn; a stranger's file may have a million.
+_MAX_LABEL = 40
 # Pixels around a crop: what touches the object's edge helps to judge it.
 _CROP_MARGIN = 2
 
@@ -72,6 +74,7 @@ class ResultFolder:
             raise ValueError(f"output must be a new or empty folder, got {printable(folder)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.class_ids, self.class_names = list(class_ids), list(class_names)
+        self.labels = [_shortened(printable(name)) for name in class_names]
         self.thresholds = np.asarray(thresholds, dtype=np.float64)
         self.with_pictures, self.with_crops = with_pictures, with_crops
 
@@ -85,7 +88,7 @@ class ResultFolder:
         stem = f"{image_id:06d}_{file_safe(stem)}"
         pixels = image[:, :, ::-1]
         if self.with_pictures:
-            drawn = draw_instances(pixels, shown, [printable(n) for n in self.class_names])
+            drawn = draw_instances(pixels, shown, self.labels)
             _write_jpeg(self.folder / "pictures" / f"{stem}.jpg", drawn)
         if self.with_crops:
             self._write_crops(stem, pixels, shown)
@@ -140,6 +143,10 @@ class ResultFolder:
 def file_safe(text: str) -> str:
     """A class's or file's name as a part of a file's name: letters, digits, dash and underline, at most 40."""
     return re.sub(r"[^\w-]+", "_", text).strip("_")[:40] or "unnamed"
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _MAX_LABEL else f"{label[:_MAX_LABEL]}…"
 
 
 def _coco_rows(

@@ -68,7 +68,13 @@ class Pairs:
 
 
 class FewShotDetector(nn.Module):
-    """Base of the meta-architectures. A subclass writes ``encode_support`` and ``forward``."""
+    """Base of the meta-architectures. A subclass writes ``encode_support`` and ``forward``.
+
+    Attributes:
+        uses_negatives (bool): whether ``encode_support`` has a use for negative examples.
+    """
+
+    uses_negatives = False
 
     @configurable
     def __init__(

@@ -247,6 +247,8 @@ def captioned(tile: Image.Image, text: str) -> Image.Image:
     result = Image.new("RGB", (tile.width, tile.height + bar), PAPER)
     result.paste(tile, (0, bar))
     draw = ImageDraw.Draw(result)
+    # No letter of the font is that narrow: a name of a million of them is not measured.
+    text = text if len(text) <= tile.width else text[: tile.width] + "…"
     while draw.textlength(text, font=font) > tile.width and len(text) > 1:
         text = text[:-2] + "…"
     draw.text((0, bar / 2), text, fill=DARK, font=font, anchor="lm")
