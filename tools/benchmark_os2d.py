@@ -7,15 +7,15 @@ of its own.
 
 import argparse
 import multiprocessing
-import resource
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot_d2.systems.os2d.geometry import ANCHOR, IDENTITY, SIDE, STRIDE, inner_points
-from fewshot_d2.systems.os2d.matchers import AlignedMatcher, Matches
+from fewshot_d2.systems.os2d.matchers import AlignedMatcher, Matches, unit_maps
 
 FORMS = {"v1": ("simple", False), "v2": ("affine", True)}
 
@@ -81,6 +81,7 @@ def _stacked(correlation: Tensor, places: Tensor) -> Tensor:
 
 def chunked(matcher: AlignedMatcher, cells: Tensor, features: Tensor, chunk: int) -> Matches:
     """The matcher, a chunk of classes at a time as in the detector."""
+    features = unit_maps(features)
     parts = [matcher({"cells": c}, features, [len(c)]) for c in cells.split(chunk)]
     return Matches(*(torch.cat(t) for t in zip(*(vars(p).values() for p in parts), strict=True)))
 
@@ -99,16 +100,22 @@ def make(form: str, args: argparse.Namespace) -> tuple[AlignedMatcher, Tensor, T
     return matcher, cells, features
 
 
+def _high_water() -> int:
+    """Most kilobytes that this process has had; not those of its parent, as ``getrusage`` says."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def _peak(name: str, form: str, args: argparse.Namespace, queue: multiprocessing.Queue) -> None:
     """Megabytes that one form adds to a process."""
     matcher, cells, features = make(form, args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     with torch.no_grad():
         if name == "straightforward":
             straightforward(matcher, cells, features)
         else:
             chunked(matcher, cells, features, args.chunk)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put((_high_water() - before) / 1024)
 
 
 def peak(name: str, form: str, args: argparse.Namespace) -> float:

@@ -20,7 +20,7 @@ from ...modeling.detector import FewShotDetector, Pairs
 from ...structures import SupportFeatures, SupportSet
 from . import geometry
 from .detections import Candidates, Merging
-from .matchers import AlignedMatcher, Matches, WindowMatcher
+from .matchers import AlignedMatcher, Matches, WindowMatcher, unit_maps
 from .objective import Objective, Targets
 from .patches import hard_patches
 from .scales import Scales
@@ -300,9 +300,9 @@ class OS2D(FewShotDetector):
         return classes, row[classes], shot
 
     def _features(self, images: list[Tensor]) -> Tensor:
-        """The compared map of normalised images of one size, Tensor[N, C, H, W]."""
+        """The compared map of normalised images of one size as the matcher takes it, Tensor[N, C, H, W]."""
         batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
-        return self.backbone(batch.tensor)[self.feature]
+        return unit_maps(self.backbone(batch.tensor)[self.feature])
 
     def _resized(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Normalised pixels of an image (uint8[3, h, w]) at another size, with antialiasing."""

@@ -38,6 +38,11 @@ class Matches:
     corners: Tensor
 
 
+def unit_maps(features: Tensor) -> Tensor:
+    """Maps (Tensor[N, C, H, W]) in full precision with cells of length one; the same for queries and class images."""
+    return unit_vectors(features.float(), dim=1, epsilon=_EPSILON)
+
+
 class AlignedMatcher(nn.Module):
     """OS2D, or, without a transformation, the sliding window "square"."""
 
@@ -64,7 +69,7 @@ class AlignedMatcher(nn.Module):
             size: (height, width) of the images; says nothing here, maps are resized to squares.
         """
         resized = F.interpolate(features.float(), (SIDE, SIDE), mode="bilinear", align_corners=True)
-        cells = unit_vectors(resized, dim=1, epsilon=_EPSILON)
+        cells = unit_maps(resized)
         # Column by column, as the weights of the original's TransformNet expect the channels.
         return {"cells": cells.permute(0, 3, 2, 1).flatten(1, 2)}
 
@@ -75,9 +80,8 @@ class AlignedMatcher(nn.Module):
 
         Args:
             images: of ``encode``, R rows, those of the first query first.
-            features (Tensor[N, C, H, W]): maps of the queries. counts: class images of each query.
+            features (Tensor[N, C, H, W]): of ``unit_maps`` of the queries. counts: class images of each query.
         """
-        features = unit_vectors(features.float(), dim=1, epsilon=_EPSILON)
         correlation = dense_correlation(images["cells"], features, counts)
         parameters = self._alignment(correlation)
         size = tuple(features.shape[2:])
@@ -132,7 +136,7 @@ class WindowMatcher(nn.Module):
             the corner of the place's cell.
         """
         height, width = features.shape[2:]
-        cells = unit_vectors(features.float(), dim=1, epsilon=_EPSILON)
+        cells = unit_maps(features)
         rows, columns = (
             torch.arange(side, device=cells.device)[_without_border(side)]
             for side in (height, width)
@@ -158,7 +162,6 @@ class WindowMatcher(nn.Module):
         self, images: dict[str, Tensor], features: Tensor, counts: Sequence[int]
     ) -> Matches:
         """Match; arguments as of ``AlignedMatcher``."""
-        features = unit_vectors(features.float(), dim=1, epsilon=_EPSILON)
         correlation = dense_correlation(images["cells"], features, counts).float()
         height, width = correlation.shape[2:]
         place = geometry.centres(height, width, features.device) - 0.5
