@@ -61,7 +61,11 @@ class FourierKernel:
         spectrum = spectrum.flatten(2).permute(2, 1, 0)
         real, imaginary = spectrum.real.contiguous(), spectrum.imag.contiguous()
         return cls(
-            real, imaginary - real, imaginary + real, *_transforms(TILE - height + 1, weight), height
+            real,
+            imaginary - real,
+            imaginary + real,
+            *_transforms(TILE - height + 1, weight),
+            height,
         )
 
 

@@ -116,9 +116,9 @@ def resample_channels(maps: Tensor, places: Tensor) -> Tensor:
     # Channels as a batch of one channel each: the library's kernel then needs no loop over them.
     samples = F.grid_sample(
         maps.reshape(rows * channels, 1, height, width),
-        places.reshape(rows * channels, 1, -1, 2),
+        places.reshape(rows * channels, 1, places.shape[2], 2),
         mode="bilinear",
         padding_mode="border",
         align_corners=True,
     )
-    return samples.view(rows, channels, -1)
+    return samples.view(rows, channels, places.shape[2])

@@ -35,6 +35,13 @@ class Candidates:
         """Some of them."""
         return Candidates(*(tensor[index] for tensor in vars(self).values()))
 
+    @classmethod
+    def none(cls, device: torch.device) -> "Candidates":
+        """Not one."""
+        shapes = (0, 4), (0, 8), (0,)
+        tensors = (torch.zeros(shape, device=device) for shape in shapes)
+        return cls(*tensors, torch.zeros(0, dtype=torch.int64, device=device))
+
     @staticmethod
     def cat(parts: Sequence["Candidates"]) -> "Candidates":
         """Join."""

@@ -198,7 +198,8 @@ class OS2D(FewShotDetector):
             self.merging.candidates(matches, classes, size, original)
             for matches, classes, _, size in self._searched(query, support, rows)
         ]
-        return self.merging.detections(Candidates.cat(found), original)
+        nothing = Candidates.none(self.device)
+        return self.merging.detections(Candidates.cat([nothing, *found]), original)
 
     @torch.no_grad()
     def score_maps(self, query: dict[str, Any], support: SupportFeatures) -> list[Tensor]:
@@ -218,7 +219,8 @@ class OS2D(FewShotDetector):
         given, original = tuple(query["image"].shape[1:]), (query["height"], query["width"])
         sizes = self.scales.levels(given, original, exemplars)
         maps = [self._features([self._resized(query["image"], size)]) for size in sizes]
-        for chunk in torch.arange(len(row), device=self.device).split(self.pairs_per_chunk):
+        numbers = torch.arange(len(row), device=self.device)
+        for chunk in numbers.split(self.pairs_per_chunk) if len(row) else ():
             images = {n: support.tensors[n][row[chunk], shot[chunk]] for n in self.matcher.tensors}
             for features, size in zip(maps, sizes, strict=True):
                 matches = self.matcher(images, features, [len(chunk)])
@@ -295,7 +297,7 @@ class OS2D(FewShotDetector):
         self, support: SupportFeatures, rows: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The R class images of the classes at ``rows``: positions in ``rows``, rows and shots, each int64[R]."""
-        row = torch.tensor(rows, device=self.device)
+        row = torch.tensor(rows, dtype=torch.int64, device=self.device)
         classes, shot = support.tensors["valid"][row].nonzero(as_tuple=True)
         return classes, row[classes], shot
 

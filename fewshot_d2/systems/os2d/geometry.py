@@ -92,7 +92,7 @@ def sampled_places(matrices: Tensor, points: Tensor, size: tuple[int, int]) -> T
     # (R, 3, n, 2): what u, v and 1 are multiplied by to give x and y.
     factors = matrices.unflatten(1, (2, 3)).permute(0, 2, 3, 1) * scale
     factors = torch.cat([factors[:, :2], factors[:, 2:] + offset], dim=1)
-    homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], dim=1)
+    homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], dim=1).to(matrices)
     places = homogeneous.expand(len(matrices), -1, -1) @ factors.flatten(2)
     return places.unflatten(2, (-1, 2))
 
