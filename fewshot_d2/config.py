@@ -214,6 +214,10 @@ def _add_evaluation(node: CN) -> None:
     # Sides of the split that are evaluated, of "novel", "base", "all".
     node.TEST.SIDES = ("novel", "base")
     node.TEST.NUM_SHOTS = 1
+    # Draw the supports of a run once for all its queries, out of another data set (SUPPORT.DATASETS_TEST).
+    node.TEST.FIXED_SUPPORTS = False
+    # Open: whether images are searched that hold classes of other sides alone; those without any class always are.
+    node.TEST.FOREIGN_IMAGES = True
     # Support draws; mean and 95 % interval are over these.
     node.TEST.NUM_RUNS = 5
     node.TEST.SEED = 0

@@ -207,4 +207,6 @@ def _make_plans(cfg: CfgNode, dataset: str, support_dataset: str) -> list[Evalua
         shots=node.NUM_SHOTS,
         seed=node.SEED,
         max_images=node.MAX_IMAGES,
+        fixed_supports=node.FIXED_SUPPORTS,
+        foreign_images=node.FOREIGN_IMAGES,
     )
