@@ -225,6 +225,9 @@ def _add_evaluation(node: CN) -> None:
     node.TEST.MAX_IMAGES = 0
     # Score at which a detection counts as a false positive in the open protocol.
     node.TEST.PRESENCE_THRESHOLD = 0.5
+    # Report VOC's average precision of boxes too, and whether a box's last row and column count as its own (+ 1).
+    node.TEST.VOC = False
+    node.TEST.VOC_PIXEL = True
     # Of "gt_shift", "detection_shift".
     node.TEST.BASELINES = ("gt_shift",)
 
