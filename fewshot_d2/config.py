@@ -13,7 +13,7 @@ from .transforms import RESIZE_RULES
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
-REGION_SOURCES = ("salient", "proposals")
+REGION_SOURCES = ("salient", "proposals", "detections")
 TRAINED_ON = ("episodes", "base_images", "rank_lists")
 
 
@@ -150,7 +150,8 @@ def _add_self_paced(node: CN) -> None:
 def _add_retrieval(node: CN) -> None:
     # Instance search (SPIL spec B5, after DASR, whose constants are not published): tools/make_rank_lists.py.
     node.RETRIEVAL = CN()
-    # "salient": what the backbone responds to, without classes; "proposals": of a GeneralizedRCNN or RepMet.
+    # "salient": what the backbone responds to, without classes; "proposals": of a GeneralizedRCNN or RepMet;
+    # "detections": of the former's heads.
     node.RETRIEVAL.REGIONS = "salient"
     # Proposals or seeds of an image, at most, and the IoU with a better region that drops one. The whole image always
     # is a region.
@@ -164,6 +165,13 @@ def _add_retrieval(node: CN) -> None:
     node.RETRIEVAL.SMOOTHING = 1.0
     # Maps whose mean over a region describes it; of several, the cosines are averaged.
     node.RETRIEVAL.LAYERS = ("res4",)
+    # Power of that mean: 1, or more for the generalised mean of the positive part (GeM: 3).
+    node.RETRIEVAL.POWER = 1.0
+    # Longer side of regions that are cut out and described alone (OS2D: 240); 0 = by the maps of the whole image.
+    node.RETRIEVAL.CROP_SIZE = 0
+    # Of RetrievalDetector: meta-architecture that it detects with, and weights of one that was trained before.
+    node.RETRIEVAL.DETECTOR = "GeneralizedRCNN"
+    node.RETRIEVAL.DETECTOR_WEIGHTS = ""
     # Images in a rank list (paper: 128).
     node.RETRIEVAL.DEPTH = 128
     # "exact", or a factory string of faiss ("Flat", "IVF4096,PQ64"; extra "faiss"), whose inverted files look into
