@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .support_augmentation import SupportAugmentation
 from .transforms import RESIZE_RULES
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def check_config(cfg: CN) -> None:
         wrong = [value for value in values if value not in allowed]
         if wrong:
             raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
+    SupportAugmentation.from_cfg(cfg)
     pretrain = cfg.FEWSHOT.PRETRAIN
     for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
         if pretrain[key] < least:
@@ -195,6 +197,9 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.CONTEXT = -1
     # Box of the example: "annotation", or "mask" = tight box of its mask (original code).
     node.SUPPORT.BOX = "annotation"
+    # In testing, examples turned by these angles (of 90, 180, 270, counter-clockwise) and mirrored are shots too.
+    node.SUPPORT.ROTATIONS = ()
+    node.SUPPORT.MIRROR = False
     # In training, never draw a support out of the query image while another image has the class.
     # Evaluation plans never do.
     node.SUPPORT.EXCLUDE_QUERY = True

@@ -13,6 +13,7 @@ from detectron2.utils.registry import Registry
 from pycocotools import mask as coco_mask
 
 from ..structures import Support, SupportSet
+from ..support_augmentation import SupportAugmentation, mirrored
 from ..transforms import ResizeByRule, SupportCrop
 from .episodes import Episode
 
@@ -49,6 +50,7 @@ class EpisodicDatasetMapper:
         support_box: str,
         with_masks: bool,
         flip_probability: float,
+        augmentation: SupportAugmentation | None = None,
     ):
         """Store the parts.
 
@@ -59,6 +61,7 @@ class EpisodicDatasetMapper:
             support_form: "crop" or "image". support_box: "annotation" or "mask".
             with_masks: whether instances get ``gt_masks``.
             flip_probability: of a horizontal flip of query and supports together, in training.
+            augmentation: of supports in testing; None = none.
         """
         if support_form not in _SUPPORT_FORMS or support_box not in _SUPPORT_BOXES:
             raise ValueError(
@@ -72,6 +75,7 @@ class EpisodicDatasetMapper:
         self.support_form, self.support_box = support_form, support_box
         self.with_masks = with_masks
         self.flip_probability = flip_probability if is_train else 0.0
+        self.augmentation = augmentation if augmentation and not is_train else SupportAugmentation()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class EpisodicDatasetMapper:
             "support_form": cfg.FEWSHOT.SUPPORT.FORM,
             "support_box": cfg.FEWSHOT.SUPPORT.BOX,
             "with_masks": cfg.MODEL.MASK_ON,
+            "augmentation": SupportAugmentation.from_cfg(cfg),
             "flip_probability": 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
         }
 
@@ -148,12 +153,14 @@ class EpisodicDatasetMapper:
         return detection_utils.filter_empty_instances(instances)
 
     def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
-        """Read, crop and perhaps flip the supports of an episode."""
+        """Read, crop and perhaps flip the supports of an episode; in testing with the augmented ones."""
         examples = [
             [self.support(record, annotation, flip=flip) for record, annotation in shots]
             for shots in episode.supports
         ]
-        return SupportSet(list(episode.class_ids), list(episode.class_names), examples)
+        return self.augmentation(
+            SupportSet(list(episode.class_ids), list(episode.class_names), examples)
+        )
 
     def support(self, record: dict, annotation: dict, *, flip: bool = False) -> Support:
         """Read, crop and perhaps flip one example."""
@@ -162,7 +169,7 @@ class EpisodicDatasetMapper:
         support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))
         if self.support_form == "crop":
             support = self.support_crop(support)
-        return _flipped(support) if flip else support
+        return mirrored(support) if flip else support
 
     def _example_box(self, record: dict, annotation: dict) -> Sequence[float]:
         if self.support_box == "mask" and annotation.get("segmentation") is not None:
@@ -205,15 +212,6 @@ def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
     elif isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, height, width)
     return coco_mask.decode(segmentation).astype(bool)
-
-
-def _flipped(support: Support) -> Support:
-    box = support.box
-    if box is not None:
-        width = support.image_size[1]
-        box = torch.stack([width - box[2], box[1], width - box[0], box[3]])
-    mask = None if support.mask is None else support.mask.flip(-1)
-    return Support(support.image.flip(-1), box, mask, support.negative)
 
 
 def _to_tensor(pixels: np.ndarray) -> torch.Tensor:

@@ -39,7 +39,7 @@ class RetrievalDetector(FewShotDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the keys."""
-        if cfg.FEWSHOT.RETRIEVAL.DETECTOR == cls.__name__:
+        if cls.__name__ == cfg.FEWSHOT.RETRIEVAL.DETECTOR:
             raise ValueError(f"FEWSHOT.RETRIEVAL.DETECTOR must be another one, got {cls.__name__}")
         inner = cfg.clone()
         inner.defrost()
