@@ -8,6 +8,8 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .classification_config import add_classification_config
+from .patch_config import add_patch_config, check_patch_config
 from .support_augmentation import SupportAugmentation
 from .transforms import RESIZE_RULES
 
@@ -27,12 +29,13 @@ def add_fewshot_config(cfg: CN) -> None:
     _add_self_paced(cfg.FEWSHOT)
     _add_retrieval(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
+    add_patch_config(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
     _add_benchmark(cfg.FEWSHOT)
     _add_fine_tuning(cfg.FEWSHOT)
     _add_backbones(cfg)
-    _add_classification(cfg)
+    add_classification_config(cfg)
     _add_solver(cfg)
     add_system_configs(cfg)
 
@@ -80,6 +83,7 @@ def check_config(cfg: CN) -> None:
         if wrong:
             raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
     SupportAugmentation.from_cfg(cfg)
+    check_patch_config(cfg.FEWSHOT)
     pretrain = cfg.FEWSHOT.PRETRAIN
     for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
         if pretrain[key] < least:
@@ -109,7 +113,7 @@ def _add_episodes(node: CN) -> None:
     node.NUM_ABSENT_WAYS = 0
     # Support examples a class in training.
     node.NUM_SHOTS = 1
-    # Name in EPISODIC_MAPPER_REGISTRY; "SuperpixelMapper" for co-attention.
+    # Name in EPISODIC_MAPPER_REGISTRY; "SuperpixelMapper" for co-attention, "PatchMapper" for patches.
     node.MAPPER = "EpisodicDatasetMapper"
     node.SUPERPIXELS = CN()
     # Where they are kept for good (below DETECTRON2_DATASETS if relative), and pixels of the shorter side that they
@@ -306,37 +310,6 @@ def _add_backbones(cfg: CN) -> None:
     cfg.MODEL.TIMM.NAME = "resnet18"
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.NORM = "FrozenBN"
-
-
-def _add_classification(cfg: CN) -> None:
-    cfg.MODEL.DML = CN()
-    # A classification model of "torchvision" or "timm" (an extra); its last layer is removed.
-    cfg.MODEL.DML.LIBRARY = "torchvision"
-    cfg.MODEL.DML.BACKBONE = "inception_v3"
-    # State dict of the whole model, a local file or "". The paper does not say whether it starts from ImageNet.
-    cfg.MODEL.DML.WEIGHTS = ""
-    # N, the classes of FEWSHOT.CLASSIFY.TRAIN, and representatives a class (paper 4.1: K = 3).
-    cfg.MODEL.DML.NUM_CLASSES = 102
-    cfg.MODEL.DML.NUM_MODES = 3
-    # Widths of the two layers of the embedding module (paper 4.1).
-    cfg.MODEL.DML.HIDDEN_DIM = 2048
-    cfg.MODEL.DML.EMBEDDING_DIM = 1024
-    # Width of a mode (paper 4.1), and alpha of eq. 4 in squared distances (not stated; that of the detector's code).
-    cfg.MODEL.DML.SIGMA = 0.5
-    cfg.MODEL.DML.MARGIN = 0.5
-    # Of the cross-entropy of eq. 5 and of eq. 4. The paper has both, a known PyTorch re-implementation (0.0, 1.0).
-    cfg.MODEL.DML.LOSS_WEIGHTS = (1.0, 1.0)
-
-    cfg.FEWSHOT.CLASSIFY = CN()
-    # "omniglot:A-B:C-D" (characters A to B - 1, drawers C to D - 1), a registered data set (crops of its boxes) or
-    # a folder of class folders, which is below DETECTRON2_DATASETS if relative. Empty TEST: no evaluation.
-    cfg.FEWSHOT.CLASSIFY.TRAIN = ""
-    cfg.FEWSHOT.CLASSIFY.TEST = ""
-    # Side in pixels of the squares that images are resized to; INPUT.RANDOM_FLIP flips them in training.
-    cfg.FEWSHOT.CLASSIFY.IMAGE_SIZE = 299
-    # Classes of a batch and images of each (paper 4.1: M = 12, D = 4); SOLVER.IMS_PER_BATCH is a multiple of M x D.
-    cfg.FEWSHOT.CLASSIFY.CLASSES_PER_BATCH = 12
-    cfg.FEWSHOT.CLASSIFY.EXAMPLES_PER_CLASS = 4
 
 
 def _add_solver(cfg: CN) -> None:

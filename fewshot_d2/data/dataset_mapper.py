@@ -101,9 +101,7 @@ class EpisodicDatasetMapper:
         record = episode.query
         pixels = read_image(record, self.image_format)
         flip = self.flips(episode)
-        transforms = [T.HFlipTransform(pixels.shape[1])] if flip else []
-        transforms.append(self.resize.get_transform(pixels))
-        transform = T.TransformList(transforms)
+        transform, window = self.query_transform(episode, pixels, flip=flip)
         pixels = transform.apply_image(pixels)
         result = {
             "file_name": record["file_name"],
@@ -116,17 +114,28 @@ class EpisodicDatasetMapper:
         if episode.supports:
             result["support"] = self.support_set(episode, flip=flip)
         if self.is_train:
-            result["instances"] = self._instances(episode, transform, pixels.shape[:2])
+            result["instances"] = self._instances(episode, transform, pixels.shape[:2], window)
         if episode.weights:
             result["weights"] = list(episode.weights)
         return result
+
+    def query_transform(
+        self, episode: Episode, pixels: np.ndarray, *, flip: bool
+    ) -> tuple[T.TransformList, Any]:
+        """Flip and resize; and the window that is cut out (None: the whole image)."""
+        flips = [T.HFlipTransform(pixels.shape[1])] if flip else []
+        return T.TransformList([*flips, self.resize.get_transform(pixels)]), None
 
     def flips(self, episode: Episode) -> bool:
         """Whether an episode's query and supports are flipped."""
         return bool(np.random.default_rng((*episode.key, 2)).random() < self.flip_probability)
 
     def _instances(
-        self, episode: Episode, transform: T.Transform, image_size: tuple[int, int]
+        self,
+        episode: Episode,
+        transform: T.Transform,
+        image_size: tuple[int, int],
+        window: Any = None,
     ) -> Instances:
         local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
         annotations = [
@@ -137,9 +146,9 @@ class EpisodicDatasetMapper:
                 # detectron2 transforms in the box's own type, and would round integers down.
                 "bbox": [float(value) for value in a["bbox"]],
             }
-            for a in episode.query.get("annotations", ())
-            if a["category_id"] in local_class and not a.get("iscrowd", 0)
+            for a in self.searched_annotations(episode)
         ]
+        difficult = [bool(a.get("difficult", 0)) for a in annotations]
         if not self.with_masks:
             for annotation in annotations:
                 del annotation["segmentation"]
@@ -150,7 +159,18 @@ class EpisodicDatasetMapper:
         instances = detection_utils.annotations_to_instances(
             annotations, image_size, mask_format="bitmask"
         )
+        if any(difficult):
+            instances.gt_difficult = torch.tensor(difficult)
         return detection_utils.filter_empty_instances(instances)
+
+    def searched_annotations(self, episode: Episode) -> list[dict[str, Any]]:
+        """The query's annotations of the episode's classes, without crowds."""
+        searched = set(episode.contiguous_ids)
+        return [
+            a
+            for a in episode.query.get("annotations", ())
+            if a["category_id"] in searched and not a.get("iscrowd", 0)
+        ]
 
     def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
         """Read, crop and perhaps flip the supports of an episode; in testing with the augmented ones."""
