@@ -51,9 +51,7 @@ class HardPatchMining(HookBase):
         if iteration % self.node.PERIOD or iteration >= self.trainer.max_iter:
             return
         start = time.perf_counter()
-        with inference_context(self.model), torch.no_grad():
-            patches = self.mine(iteration)
-        gathered = comm.gather(patches)
+        gathered = comm.gather(self.mine(iteration))
         if comm.is_main_process():
             pool = PatchPool(iteration, tuple(patch for part in gathered for patch in part))
             path = pool.save(self.episodes.folder)
@@ -63,7 +61,7 @@ class HardPatchMining(HookBase):
         self.loader.restart()
 
     def mine(self, iteration: int) -> list[HardPatch]:
-        """The patches of this process's share of the images, image after image."""
+        """The patches of this process's share of the images, image after image; the model is in inference mode."""
         rng = np.random.default_rng((self.episodes.seed, iteration, 7))
         images = self.episodes.images
         if 0 < self.node.IMAGES < len(images):
@@ -74,10 +72,12 @@ class HardPatchMining(HookBase):
         scales = rng.uniform(*self.node.SCALES, (len(images), self.node.NUM_SCALES))
         features: dict[int, SupportFeatures] = {}
         patches: list[HardPatch] = []
-        for i in range(comm.get_rank(), len(images), comm.get_world_size()):
-            classes = self._searched(images[i], others)
-            encoded = SupportFeatures.cat([self._encoded(c, iteration, features) for c in classes])
-            patches += self._of_image(images[i], classes, encoded, scales[i].tolist())
+        with inference_context(self.model), torch.no_grad():
+            for i in range(comm.get_rank(), len(images), comm.get_world_size()):
+                classes = self._searched(images[i], others)
+                parts = [self._encoded(class_id, iteration, features) for class_id in classes]
+                encoded = SupportFeatures.cat(parts)
+                patches += self._of_image(images[i], classes, encoded, scales[i].tolist())
         return patches
 
     def _searched(self, image_index: int, others: Iterable[int]) -> list[int]:
