@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=(600, 600), metavar=("H", "W"))
     parser.add_argument("--classes", type=int, default=15)
     parser.add_argument("--channels", type=int, default=1024, help="of the backbone's map")
-    parser.add_argument("--chunk", type=int, default=15, help="classes matched at once")
+    parser.add_argument("--chunk", type=int, default=8, help="classes matched at once")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
