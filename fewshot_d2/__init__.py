@@ -3,7 +3,7 @@
 Importing the package registers its systems, mappers, backbones and data sets in detectron2's registries.
 """
 
-from . import data, modeling, systems
+from . import data, modeling, retrieval, systems
 from .config import add_fewshot_config, load_config
 from .predictor import FewShotPredictor
 from .structures import Support, SupportFeatures, SupportSet
@@ -18,5 +18,6 @@ __all__ = [
     "data",
     "load_config",
     "modeling",
+    "retrieval",
     "systems",
 ]

@@ -8,12 +8,15 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .classification_config import add_classification_config
+from .patch_config import add_patch_config, check_patch_config
+from .support_augmentation import SupportAugmentation
 from .transforms import RESIZE_RULES
 
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
-REGION_SOURCES = ("salient", "proposals")
+REGION_SOURCES = ("salient", "proposals", "detections")
 TRAINED_ON = ("episodes", "base_images", "rank_lists")
 
 
@@ -26,12 +29,13 @@ def add_fewshot_config(cfg: CN) -> None:
     _add_self_paced(cfg.FEWSHOT)
     _add_retrieval(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
+    add_patch_config(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
     _add_benchmark(cfg.FEWSHOT)
     _add_fine_tuning(cfg.FEWSHOT)
     _add_backbones(cfg)
-    _add_classification(cfg)
+    add_classification_config(cfg)
     _add_solver(cfg)
     add_system_configs(cfg)
 
@@ -78,6 +82,8 @@ def check_config(cfg: CN) -> None:
         wrong = [value for value in values if value not in allowed]
         if wrong:
             raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
+    SupportAugmentation.from_cfg(cfg)
+    check_patch_config(cfg.FEWSHOT)
     pretrain = cfg.FEWSHOT.PRETRAIN
     for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
         if pretrain[key] < least:
@@ -107,7 +113,7 @@ def _add_episodes(node: CN) -> None:
     node.NUM_ABSENT_WAYS = 0
     # Support examples a class in training.
     node.NUM_SHOTS = 1
-    # Name in EPISODIC_MAPPER_REGISTRY; "SuperpixelMapper" for co-attention.
+    # Name in EPISODIC_MAPPER_REGISTRY; "SuperpixelMapper" for co-attention, "PatchMapper" for patches.
     node.MAPPER = "EpisodicDatasetMapper"
     node.SUPERPIXELS = CN()
     # Where they are kept for good (below DETECTRON2_DATASETS if relative), and pixels of the shorter side that they
@@ -150,7 +156,8 @@ def _add_self_paced(node: CN) -> None:
 def _add_retrieval(node: CN) -> None:
     # Instance search (SPIL spec B5, after DASR, whose constants are not published): tools/make_rank_lists.py.
     node.RETRIEVAL = CN()
-    # "salient": what the backbone responds to, without classes; "proposals": of a GeneralizedRCNN or RepMet.
+    # "salient": what the backbone responds to, without classes; "proposals": of a GeneralizedRCNN or RepMet;
+    # "detections": of the former's heads.
     node.RETRIEVAL.REGIONS = "salient"
     # Proposals or seeds of an image, at most, and the IoU with a better region that drops one. The whole image always
     # is a region.
@@ -164,6 +171,13 @@ def _add_retrieval(node: CN) -> None:
     node.RETRIEVAL.SMOOTHING = 1.0
     # Maps whose mean over a region describes it; of several, the cosines are averaged.
     node.RETRIEVAL.LAYERS = ("res4",)
+    # Power of that mean: 1, or more for the generalised mean of the positive part (GeM: 3).
+    node.RETRIEVAL.POWER = 1.0
+    # Longer side of regions that are cut out and described alone (OS2D: 240); 0 = by the maps of the whole image.
+    node.RETRIEVAL.CROP_SIZE = 0
+    # Of RetrievalDetector: meta-architecture that it detects with, and weights of one that was trained before.
+    node.RETRIEVAL.DETECTOR = "GeneralizedRCNN"
+    node.RETRIEVAL.DETECTOR_WEIGHTS = ""
     # Images in a rank list (paper: 128).
     node.RETRIEVAL.DEPTH = 128
     # "exact", or a factory string of faiss ("Flat", "IVF4096,PQ64"; extra "faiss"), whose inverted files look into
@@ -187,6 +201,9 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.CONTEXT = -1
     # Box of the example: "annotation", or "mask" = tight box of its mask (original code).
     node.SUPPORT.BOX = "annotation"
+    # In testing, examples turned by these angles (of 90, 180, 270, counter-clockwise) and mirrored are shots too.
+    node.SUPPORT.ROTATIONS = ()
+    node.SUPPORT.MIRROR = False
     # In training, never draw a support out of the query image while another image has the class.
     # Evaluation plans never do.
     node.SUPPORT.EXCLUDE_QUERY = True
@@ -214,6 +231,10 @@ def _add_evaluation(node: CN) -> None:
     # Sides of the split that are evaluated, of "novel", "base", "all".
     node.TEST.SIDES = ("novel", "base")
     node.TEST.NUM_SHOTS = 1
+    # Draw the supports of a run once for all its queries, out of another data set (SUPPORT.DATASETS_TEST).
+    node.TEST.FIXED_SUPPORTS = False
+    # Open: whether images are searched that hold classes of other sides alone; those without any class always are.
+    node.TEST.FOREIGN_IMAGES = True
     # Support draws; mean and 95 % interval are over these.
     node.TEST.NUM_RUNS = 5
     node.TEST.SEED = 0
@@ -221,6 +242,9 @@ def _add_evaluation(node: CN) -> None:
     node.TEST.MAX_IMAGES = 0
     # Score at which a detection counts as a false positive in the open protocol.
     node.TEST.PRESENCE_THRESHOLD = 0.5
+    # Report VOC's average precision of boxes too, and whether a box's last row and column count as its own (+ 1).
+    node.TEST.VOC = False
+    node.TEST.VOC_PIXEL = True
     # Of "gt_shift", "detection_shift".
     node.TEST.BASELINES = ("gt_shift",)
 
@@ -286,37 +310,6 @@ def _add_backbones(cfg: CN) -> None:
     cfg.MODEL.TIMM.NAME = "resnet18"
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.MODEL.TIMM.NORM = "FrozenBN"
-
-
-def _add_classification(cfg: CN) -> None:
-    cfg.MODEL.DML = CN()
-    # A classification model of "torchvision" or "timm" (an extra); its last layer is removed.
-    cfg.MODEL.DML.LIBRARY = "torchvision"
-    cfg.MODEL.DML.BACKBONE = "inception_v3"
-    # State dict of the whole model, a local file or "". The paper does not say whether it starts from ImageNet.
-    cfg.MODEL.DML.WEIGHTS = ""
-    # N, the classes of FEWSHOT.CLASSIFY.TRAIN, and representatives a class (paper 4.1: K = 3).
-    cfg.MODEL.DML.NUM_CLASSES = 102
-    cfg.MODEL.DML.NUM_MODES = 3
-    # Widths of the two layers of the embedding module (paper 4.1).
-    cfg.MODEL.DML.HIDDEN_DIM = 2048
-    cfg.MODEL.DML.EMBEDDING_DIM = 1024
-    # Width of a mode (paper 4.1), and alpha of eq. 4 in squared distances (not stated; that of the detector's code).
-    cfg.MODEL.DML.SIGMA = 0.5
-    cfg.MODEL.DML.MARGIN = 0.5
-    # Of the cross-entropy of eq. 5 and of eq. 4. The paper has both, a known PyTorch re-implementation (0.0, 1.0).
-    cfg.MODEL.DML.LOSS_WEIGHTS = (1.0, 1.0)
-
-    cfg.FEWSHOT.CLASSIFY = CN()
-    # "omniglot:A-B:C-D" (characters A to B - 1, drawers C to D - 1), a registered data set (crops of its boxes) or
-    # a folder of class folders, which is below DETECTRON2_DATASETS if relative. Empty TEST: no evaluation.
-    cfg.FEWSHOT.CLASSIFY.TRAIN = ""
-    cfg.FEWSHOT.CLASSIFY.TEST = ""
-    # Side in pixels of the squares that images are resized to; INPUT.RANDOM_FLIP flips them in training.
-    cfg.FEWSHOT.CLASSIFY.IMAGE_SIZE = 299
-    # Classes of a batch and images of each (paper 4.1: M = 12, D = 4); SOLVER.IMS_PER_BATCH is a multiple of M x D.
-    cfg.FEWSHOT.CLASSIFY.CLASSES_PER_BATCH = 12
-    cfg.FEWSHOT.CLASSIFY.EXAMPLES_PER_CLASS = 4
 
 
 def _add_solver(cfg: CN) -> None:

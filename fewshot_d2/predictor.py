@@ -21,6 +21,7 @@ from .decoding import read_rgb
 from .inference.feature_store import load_features, model_sha256, save_keeping_features
 from .inference.pipeline import mapped_ahead
 from .structures import SupportFeatures, SupportSet
+from .support_augmentation import SupportAugmentation
 from .transforms import ResizeByRule
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class FewShotPredictor:
         self.model = build_model(cfg).eval()
         FewShotCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.resize = ResizeByRule.from_cfg(cfg, is_train=False)
+        self.augmentation = SupportAugmentation.from_cfg(cfg)
         self.input_format = cfg.INPUT.FORMAT
         self.workers = workers
         self.batch_size = batch_size or (1 if cfg.MODEL.DEVICE == "cpu" else _BATCH_ON_GPU)
@@ -131,7 +133,7 @@ class FewShotPredictor:
 
     @torch.no_grad()
     def _encoded(self, support_set: SupportSet) -> SupportFeatures:
-        return self.model.encode_support([support_set])
+        return self.model.encode_support([self.augmentation(support_set)])
 
     def save_support(
         self, path: str | Path, support_set: SupportSet, *, stored_in: Sequence[str | Path] = ()
@@ -157,7 +159,8 @@ class FewShotPredictor:
         # Training and evaluation are slow to import, and predicting needs neither.
         from .engine.finetune import FineTuning, fine_tuned
 
-        with fine_tuned(self.model, support_set, FineTuning.from_cfg(self.cfg)) as self.support:
+        tuning, examples = FineTuning.from_cfg(self.cfg), self.augmentation(support_set)
+        with fine_tuned(self.model, examples, tuning) as self.support:
             # Features of the tuned model are not those of the weights it came from.
             self.__dict__.pop("sha256", None)
             try:

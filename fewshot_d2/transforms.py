@@ -65,10 +65,13 @@ class ResizeByRule(T.Augmentation):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """The transform for an image (H, W, C)."""
         height, width = image.shape[:2]
-        new_height, new_width = resized_shape(
+        return T.ResizeTransform(height, width, *self.shape(height, width))
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of an image after resizing."""
+        return resized_shape(
             height, width, max_size=self.max_size, min_size=self.min_size, rule=self.rule
         )
-        return T.ResizeTransform(height, width, new_height, new_width)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,15 @@ FORBIDDEN = {
         "engine",
         "visualization",
     },
+    "support_augmentation": {
+        "data",
+        "modeling",
+        "systems",
+        "retrieval",
+        "evaluation",
+        "engine",
+        "visualization",
+    },
     "files": {"structures", "data", "modeling", "systems", "retrieval", "evaluation", "engine"},
     "data": {"modeling", "systems", "retrieval", "evaluation", "engine", "visualization"},
     "modeling": {"data", "systems", "retrieval", "evaluation", "engine", "visualization"},
@@ -101,7 +110,7 @@ def test_config_is_read_in_from_config_alone():
 
 
 @pytest.mark.parametrize(
-    "path", [PACKAGE / "config.py", *sorted((PACKAGE / "systems").rglob("*.py"))]
+    "path", [*sorted(PACKAGE.glob("*config.py")), *sorted((PACKAGE / "systems").rglob("*.py"))]
 )
 def test_every_config_key_has_a_comment(path):
     lines = path.read_text().splitlines()

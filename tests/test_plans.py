@@ -52,6 +52,23 @@ def test_open_protocol_asks_every_image_for_every_class(caplog):
     plan.check(index, index, "a")
 
 
+def test_open_protocol_without_foreign_images():
+    """Images of other classes alone are left out, empty ones stay; in the present protocol there are none."""
+    index = make_index()
+    plan = plan_of(index, protocol="open", class_ids=(3,), foreign_images=False)
+    expected = [
+        d["image_id"]
+        for d in index.dicts
+        if not d["annotations"]
+        or any(a["category_id"] == 0 and not a["iscrowd"] for a in d["annotations"])
+    ]
+    assert [e.image_id for e in plan.episodes] == expected
+    empty = [d["image_id"] for d in index.dicts if not d["annotations"]]
+    assert 0 < len(empty) < len(expected) < len(index.dicts) and set(empty) <= set(expected)
+    present = [plan_of(index, class_ids=(3,), foreign_images=f).sha256 for f in (True, False)]
+    assert present[0] == present[1]
+
+
 def test_pair_has_the_same_supports_in_both_protocols_and_any_selection():
     index = make_index()
 

@@ -3,6 +3,7 @@
 from . import datasets
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY, EpisodicDatasetMapper
 from .loaders import EpisodicTestLoader, EpisodicTrainLoader
+from .patch_mapper import PatchMapper
 from .superpixel_mapper import SuperpixelMapper
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "EpisodicDatasetMapper",
     "EpisodicTestLoader",
     "EpisodicTrainLoader",
+    "PatchMapper",
     "SuperpixelMapper",
     "datasets",
 ]

@@ -77,8 +77,8 @@ def load_instances_json(
     Returns:
         One dict an image, also of those without annotations: ``file_name, height, width,
         image_id, annotations``; an annotation has ``id, bbox`` (XYWH, absolute pixels),
-        ``bbox_mode, category_id`` (contiguous), ``iscrowd`` and, if usable, ``segmentation`` and
-        ``area`` (pixels).
+        ``bbox_mode, category_id`` (contiguous), ``iscrowd``, ``difficult`` if it is (VOC) and, if usable,
+        ``segmentation`` and ``area`` (pixels).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -200,6 +200,8 @@ def _clean_annotation(
         cleaned["area"] = area
     if segmentation:
         cleaned["segmentation"] = segmentation
+    if annotation.get("difficult"):
+        cleaned["difficult"] = 1
     return cleaned
 
 

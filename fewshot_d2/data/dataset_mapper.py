@@ -13,6 +13,7 @@ from detectron2.utils.registry import Registry
 from pycocotools import mask as coco_mask
 
 from ..structures import Support, SupportSet
+from ..support_augmentation import SupportAugmentation, mirrored
 from ..transforms import ResizeByRule, SupportCrop
 from .episodes import Episode
 
@@ -49,6 +50,7 @@ class EpisodicDatasetMapper:
         support_box: str,
         with_masks: bool,
         flip_probability: float,
+        augmentation: SupportAugmentation | None = None,
     ):
         """Store the parts.
 
@@ -59,6 +61,7 @@ class EpisodicDatasetMapper:
             support_form: "crop" or "image". support_box: "annotation" or "mask".
             with_masks: whether instances get ``gt_masks``.
             flip_probability: of a horizontal flip of query and supports together, in training.
+            augmentation: of supports in testing; None = none.
         """
         if support_form not in _SUPPORT_FORMS or support_box not in _SUPPORT_BOXES:
             raise ValueError(
@@ -72,6 +75,7 @@ class EpisodicDatasetMapper:
         self.support_form, self.support_box = support_form, support_box
         self.with_masks = with_masks
         self.flip_probability = flip_probability if is_train else 0.0
+        self.augmentation = augmentation if augmentation and not is_train else SupportAugmentation()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class EpisodicDatasetMapper:
             "support_form": cfg.FEWSHOT.SUPPORT.FORM,
             "support_box": cfg.FEWSHOT.SUPPORT.BOX,
             "with_masks": cfg.MODEL.MASK_ON,
+            "augmentation": SupportAugmentation.from_cfg(cfg),
             "flip_probability": 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
         }
 
@@ -96,9 +101,7 @@ class EpisodicDatasetMapper:
         record = episode.query
         pixels = read_image(record, self.image_format)
         flip = self.flips(episode)
-        transforms = [T.HFlipTransform(pixels.shape[1])] if flip else []
-        transforms.append(self.resize.get_transform(pixels))
-        transform = T.TransformList(transforms)
+        transform, window = self.query_transform(episode, pixels, flip=flip)
         pixels = transform.apply_image(pixels)
         result = {
             "file_name": record["file_name"],
@@ -111,17 +114,28 @@ class EpisodicDatasetMapper:
         if episode.supports:
             result["support"] = self.support_set(episode, flip=flip)
         if self.is_train:
-            result["instances"] = self._instances(episode, transform, pixels.shape[:2])
+            result["instances"] = self._instances(episode, transform, pixels.shape[:2], window)
         if episode.weights:
             result["weights"] = list(episode.weights)
         return result
+
+    def query_transform(
+        self, episode: Episode, pixels: np.ndarray, *, flip: bool
+    ) -> tuple[T.TransformList, Any]:
+        """Flip and resize; and the window that is cut out (None: the whole image)."""
+        flips = [T.HFlipTransform(pixels.shape[1])] if flip else []
+        return T.TransformList([*flips, self.resize.get_transform(pixels)]), None
 
     def flips(self, episode: Episode) -> bool:
         """Whether an episode's query and supports are flipped."""
         return bool(np.random.default_rng((*episode.key, 2)).random() < self.flip_probability)
 
     def _instances(
-        self, episode: Episode, transform: T.Transform, image_size: tuple[int, int]
+        self,
+        episode: Episode,
+        transform: T.Transform,
+        image_size: tuple[int, int],
+        window: Any = None,
     ) -> Instances:
         local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
         annotations = [
@@ -132,9 +146,9 @@ class EpisodicDatasetMapper:
                 # detectron2 transforms in the box's own type, and would round integers down.
                 "bbox": [float(value) for value in a["bbox"]],
             }
-            for a in episode.query.get("annotations", ())
-            if a["category_id"] in local_class and not a.get("iscrowd", 0)
+            for a in self.searched_annotations(episode)
         ]
+        difficult = [bool(a.get("difficult", 0)) for a in annotations]
         if not self.with_masks:
             for annotation in annotations:
                 del annotation["segmentation"]
@@ -145,15 +159,28 @@ class EpisodicDatasetMapper:
         instances = detection_utils.annotations_to_instances(
             annotations, image_size, mask_format="bitmask"
         )
+        if any(difficult):
+            instances.gt_difficult = torch.tensor(difficult)
         return detection_utils.filter_empty_instances(instances)
 
+    def searched_annotations(self, episode: Episode) -> list[dict[str, Any]]:
+        """The query's annotations of the episode's classes, without crowds."""
+        searched = set(episode.contiguous_ids)
+        return [
+            a
+            for a in episode.query.get("annotations", ())
+            if a["category_id"] in searched and not a.get("iscrowd", 0)
+        ]
+
     def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
-        """Read, crop and perhaps flip the supports of an episode."""
+        """Read, crop and perhaps flip the supports of an episode; in testing with the augmented ones."""
         examples = [
             [self.support(record, annotation, flip=flip) for record, annotation in shots]
             for shots in episode.supports
         ]
-        return SupportSet(list(episode.class_ids), list(episode.class_names), examples)
+        return self.augmentation(
+            SupportSet(list(episode.class_ids), list(episode.class_names), examples)
+        )
 
     def support(self, record: dict, annotation: dict, *, flip: bool = False) -> Support:
         """Read, crop and perhaps flip one example."""
@@ -162,7 +189,7 @@ class EpisodicDatasetMapper:
         support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))
         if self.support_form == "crop":
             support = self.support_crop(support)
-        return _flipped(support) if flip else support
+        return mirrored(support) if flip else support
 
     def _example_box(self, record: dict, annotation: dict) -> Sequence[float]:
         if self.support_box == "mask" and annotation.get("segmentation") is not None:
@@ -205,15 +232,6 @@ def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
     elif isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, height, width)
     return coco_mask.decode(segmentation).astype(bool)
-
-
-def _flipped(support: Support) -> Support:
-    box = support.box
-    if box is not None:
-        width = support.image_size[1]
-        box = torch.stack([width - box[2], box[1], width - box[0], box[3]])
-    mask = None if support.mask is None else support.mask.flip(-1)
-    return Support(support.image.flip(-1), box, mask, support.negative)
 
 
 def _to_tensor(pixels: np.ndarray) -> torch.Tensor:

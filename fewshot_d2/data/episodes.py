@@ -29,6 +29,8 @@ class Episode:
         key (tuple[int, ...]): seed of everything random in this episode.
         episode_id (int): its number in the plan or in the training stream.
         weights (tuple[float, ...]): how much each class's losses count in training; empty = 1 each.
+        window (tuple[int, int, int, int] or None): the part of the query that training sees, XYXY in its pixels, which
+            may leave the image; None = as the mapper draws it.
     """
 
     query: dict
@@ -39,6 +41,7 @@ class Episode:
     key: tuple[int, ...]
     episode_id: int
     weights: tuple[float, ...] = ()
+    window: tuple[int, int, int, int] | None = None
 
 
 class EpisodeFactory:
@@ -156,7 +159,15 @@ class TrainingEpisodes:
         """Draw episode ``number``; the result depends on the seed and the number alone."""
         image_index = self._order[number]
         rng = np.random.default_rng((self.seed, number, 0))
-        classes = self._draw_classes(rng, image_index)
+        return self._episode(rng, number, image_index, self._draw_classes(rng, image_index))
+
+    def _episode(
+        self,
+        rng: np.random.Generator,
+        number: int,
+        image_index: int,
+        classes: tuple[int, ...],
+    ) -> Episode:
         exclude = (image_index,) if self.exclude_query and self.factory.is_one_set else ()
         supports = [
             self.factory.support_index.draw_support(rng, c, self.num_shots, exclude)

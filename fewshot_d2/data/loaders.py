@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
 from .images import TrainingImages
 from .index import InstanceIndex
+from .patch_pool import MinedEpisodes
 from .plans import EvaluationPlan, make_plan
 from .pool_episodes import PoolEpisodes
 from .pseudo_labels import PseudoLabels
@@ -142,7 +144,10 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages |
         )
         _check_num_classes(cfg, len(episodes.class_ids))
     else:
-        episodes = TrainingEpisodes(
+        kind, keys = TrainingEpisodes, {}
+        if cfg.FEWSHOT.MINING.PERIOD:
+            kind, keys = MinedEpisodes, _mining_keys(cfg)
+        episodes = kind(
             factory,
             mapper,
             num_ways=cfg.FEWSHOT.NUM_WAYS,
@@ -150,12 +155,21 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages |
             num_shots=cfg.FEWSHOT.NUM_SHOTS,
             seed=seed,
             exclude_query=cfg.FEWSHOT.SUPPORT.EXCLUDE_QUERY,
+            **keys,
         )
     logger.info(
         "Training %s: %s, %d images, %d base classes, seed %d",
         *(cfg.FEWSHOT.TRAIN_ON, dataset, len(episodes.images), len(episodes.class_ids), seed),
     )
     return episodes
+
+
+def _mining_keys(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "folder": Path(cfg.OUTPUT_DIR) / "hard_patches",
+        "period": cfg.FEWSHOT.MINING.PERIOD,
+        "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+    }
 
 
 def build_pool_episodes(cfg: CfgNode) -> PoolEpisodes:
@@ -234,8 +248,22 @@ class EpisodicTrainLoader:
         self.episodes = build_training_episodes(cfg)
         self.total_batch_size = cfg.SOLVER.IMS_PER_BATCH
         self.num_workers = cfg.DATALOADER.NUM_WORKERS
+        self._is_stale = False
+
+    def restart(self) -> None:
+        """Drop what workers have read ahead: the next batch is read anew, because the episodes have changed."""
+        self._is_stale = True
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        while True:
+            self._is_stale = False
+            for batch in self._opened():
+                yield batch
+                if self._is_stale:
+                    break
+
+    def _opened(self) -> Iterator[list[dict[str, Any]]]:
+        """Batches from the trainer's iteration on."""
         stream = EpisodeStream(
             self.episodes,
             start=get_event_storage().iter * self.total_batch_size,
@@ -250,8 +278,7 @@ class EpisodicTrainLoader:
         )
         # Opening a DataLoader draws a number, which a run that is not resumed here would not do.
         with torch.random.fork_rng(devices=[]):
-            batches = iter(loader)
-        yield from batches
+            return iter(loader)
 
 
 class EpisodicTestLoader:

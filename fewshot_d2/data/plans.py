@@ -117,6 +117,7 @@ def make_plan(
     run: int,
     max_images: int = 0,
     fixed_supports: bool = False,
+    foreign_images: bool = True,
 ) -> EvaluationPlan:
     """Draw the supports of one evaluation run.
 
@@ -133,13 +134,15 @@ def make_plan(
         max_images: at most this many images, the same ones for every run; 0 = all.
         fixed_supports: draw once for all episodes, as few-shot training needs it that learns from the supports;
             they must then be of a data set that has none of the queries.
+        foreign_images: in the open protocol, search images too that hold other classes alone (say, those of training);
+            images without any annotation are searched anyway.
 
     Raises:
         ValueError: an argument is out of its range, no episode remains, or fixed supports are of a query.
     """
     _check_draw(side, protocol, shots=shots, seed=seed, run=run)
     classes = _searchable(class_ids, query_index, support_index)
-    wanted = _queries(query_index, classes, protocol)
+    wanted = _queries(query_index, classes, protocol, foreign_images=foreign_images)
     if not wanted:
         raise ValueError(
             f"plan must have at least one episode, got none: {len(classes)} classes of side "
@@ -166,14 +169,15 @@ def make_plan(
 
 
 def _queries(
-    index: InstanceIndex, classes: tuple[int, ...], protocol: str
+    index: InstanceIndex, classes: tuple[int, ...], protocol: str, *, foreign_images: bool
 ) -> list[tuple[int, tuple[int, ...]]]:
     """(image index, classes to search in it) of the images that are worth an episode."""
     queries = []
     for image_index in range(len(index.dicts)):
         in_image = set(index.classes_in(image_index))
         chosen = classes if protocol == "open" else tuple(c for c in classes if c in in_image)
-        if chosen:
+        is_foreign = index.dicts[image_index]["annotations"] and not in_image & set(classes)
+        if chosen and (foreign_images or not is_foreign):
             queries.append((image_index, chosen))
     return queries
 

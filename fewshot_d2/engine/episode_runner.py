@@ -84,6 +84,8 @@ class Outcome:
             "AP_classes_ci95": 100 * official["per_class_mean_ci95"],
             "AP_voc": 100 * voc["joint"],
             "AP_voc_ci95": 100 * voc["joint_ci95"],
+            "AP_voc_classes": 100 * voc["per_class_mean"],
+            "AP_voc_classes_ci95": 100 * voc["per_class_mean_ci95"],
             "AP_searched": 100 * searched["joint"],
             "AP_searched_ci95": 100 * searched["joint_ci95"],
             **{f"R{k}": 100 * self.pooled["official"].recall_at(k) for k in _RANKS},
@@ -214,7 +216,7 @@ class EpisodeRunner:
             yield features
 
     def truth(self, image_id: int, class_ids: Collection[int]) -> Instances:
-        """``gt_boxes`` (XYXY, original pixels) and ``gt_ids``, dataset category ids, of the given classes."""
+        """``gt_boxes`` (XYXY, original pixels), ``gt_ids`` (dataset category ids), ``gt_difficult`` of classes."""
         index = self.factory.query_index
         image = index.image_index(image_id)
         record = index.dicts[image]
@@ -227,6 +229,8 @@ class EpisodeRunner:
         truth = Instances((record["height"], record["width"]))
         truth.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4))
         truth.gt_ids = torch.tensor([class_id for _, class_id in chosen], dtype=torch.int64)
+        difficult = [bool(a.get("difficult", 0)) for a, _ in chosen]
+        truth.gt_difficult = torch.tensor(difficult, dtype=torch.bool)
         return truth
 
     def _match(self, found: Found, outcome: Outcome) -> None:
@@ -256,6 +260,7 @@ class EpisodeRunner:
                     scores=scores[counted],
                     truth_boxes=truth_boxes,
                     truth_classes=found.truth.gt_ids.numpy(),
+                    truth_difficult=found.truth.gt_difficult.numpy(),
                 )
 
     def _miss(

@@ -31,6 +31,7 @@ from ..evaluation.episodic_coco import EpisodicCOCOEvaluator, evaluate_detection
 from ..evaluation.localization import single_target_scores
 from ..evaluation.metrics import summarize_runs
 from ..evaluation.report import EvaluatedRun, ReportFacts, ReportRow, write_report
+from ..evaluation.voc_ap import voc_scores
 from ..structures import SupportFeatures
 from .benchmark import evaluate_benchmark
 from .plans import checked_plan, save_plans, support_datasets, write_results
@@ -130,6 +131,12 @@ def evaluate_plan(
             run.results["localization"] = single_target_scores(
                 evaluator.ground_truth, run.detections, plan
             )
+    if cfg.FEWSHOT.TEST.VOC:
+        extent = 1.0 if cfg.FEWSHOT.TEST.VOC_PIXEL else 0.0
+        for run in runs.values():
+            run.results["voc"] = voc_scores(
+                evaluator.ground_truth, run.detections, plan, extent=extent
+            )
     return runs
 
 
@@ -207,4 +214,6 @@ def _make_plans(cfg: CfgNode, dataset: str, support_dataset: str) -> list[Evalua
         shots=node.NUM_SHOTS,
         seed=node.SEED,
         max_images=node.MAX_IMAGES,
+        fixed_supports=node.FIXED_SUPPORTS,
+        foreign_images=node.FOREIGN_IMAGES,
     )

@@ -18,6 +18,7 @@ from ..data.loaders import EpisodicTrainLoader
 from ..modeling.detector import FewShotDetector
 from .evaluate import evaluate
 from .hooks import HeadsOnlyWarmup, SeedEachStep, TrainingPictures
+from .patch_mining import HardPatchMining
 from .pretrain import pretrain_supports
 from .solver import build_optimizer, distributed
 
@@ -85,6 +86,8 @@ class EpisodicTrainer(DefaultTrainer):
             ours += model.training_hooks(loader.episodes, loader.total_batch_size)
         if self.cfg.SOLVER.HEADS_ONLY_ITERS > 0:
             ours.append(HeadsOnlyWarmup(self.optimizer, self.cfg.SOLVER.HEADS_ONLY_ITERS))
+        if self.cfg.FEWSHOT.MINING.PERIOD > 0:
+            ours.append(HardPatchMining(self.cfg, model, loader))
         if self.cfg.VIS_PERIOD > 0 and comm.is_main_process():
             ours.append(TrainingPictures(self.cfg, model))
         return ours + super().build_hooks()

@@ -45,6 +45,7 @@ class GroundTruthInstance:
         annotated_area: pixels, None where the json gives none.
         segmentation: COCO polygons or RLE, None where there is none.
         image_size: (height, width).
+        is_difficult: need not be found, for VOC's average precision alone.
     """
 
     annotation_id: int
@@ -55,6 +56,7 @@ class GroundTruthInstance:
     annotated_area: float | None
     segmentation: list | dict | None
     image_size: tuple[int, int]
+    is_difficult: bool = False
 
     @cached_property
     def rle(self) -> dict[str, Any] | None:
@@ -110,6 +112,7 @@ class GroundTruth:
                     annotated_area=row.get("area"),
                     segmentation=row.get("segmentation"),
                     image_size=(record["height"], record["width"]),
+                    is_difficult=bool(row.get("difficult", 0)),
                 )
                 self.annotations[instance.annotation_id] = instance
                 self._by_pair[image_id, instance.class_id].append(instance)

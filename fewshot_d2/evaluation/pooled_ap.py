@@ -16,11 +16,12 @@ Key = tuple[Hashable, int]
 _NUM_FOLDS = 20
 
 
-def pixel_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+def pixel_iou(boxes: np.ndarray, others: np.ndarray, extent: float = 1.0) -> np.ndarray:
     """IoU of boxes whose last row and column belong to them (VOC's + 1).
 
     Args:
         boxes (float[D, 4]), others (float[G, 4]): XYXY in pixels.
+        extent: how much a box is larger than the difference of its corners; 0 for the ordinary IoU.
 
     Returns:
         float[D, G].
@@ -29,9 +30,10 @@ def pixel_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
         np.maximum(boxes[:, None, :2], others[None, :, :2]),
         np.minimum(boxes[:, None, 2:], others[None, :, 2:]),
     )
-    intersection = (last - first + 1).clip(min=0).prod(axis=2)
-    areas = [(b[:, 2:] - b[:, :2] + 1).prod(axis=1) for b in (boxes, others)]
-    return intersection / (areas[0][:, None] + areas[1] - intersection)
+    intersection = (last - first + extent).clip(min=0).prod(axis=2)
+    areas = [(b[:, 2:] - b[:, :2] + extent).prod(axis=1) for b in (boxes, others)]
+    union = areas[0][:, None] + areas[1] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union, float), where=union > 0)
 
 
 def match_official(scores: np.ndarray, overlaps: np.ndarray, of_class: np.ndarray) -> Entries:
@@ -62,20 +64,30 @@ def _best_scores(scores: np.ndarray, hits: np.ndarray) -> np.ndarray:
     return np.where(hits, scores[:, None], -np.inf).max(axis=0, initial=-np.inf)
 
 
-def match_voc(scores: np.ndarray, overlaps: np.ndarray, of_class: np.ndarray) -> Entries:
+def match_voc(
+    scores: np.ndarray,
+    overlaps: np.ndarray,
+    of_class: np.ndarray,
+    *,
+    difficult: np.ndarray | None = None,
+    iou_threshold: float = 0.5,
+) -> Entries:
     """VOC's entries: each detection is right if its best ground truth of the class is hit for the first time.
 
-    Arguments and result as of ``match_official``, best score first.
+    Arguments and result as of ``match_official``, best score first. A detection whose best ground truth is
+    ``difficult`` (bool[G], default none) and hit is neither right nor wrong: it is left out.
     """
     order = np.argsort(-scores, kind="stable")
-    right = np.zeros(len(scores), bool)
+    right, ignored = np.zeros((2, len(scores)), bool)
     if of_class.any():
         own = overlaps[order][:, of_class]
-        target, hit = own.argmax(axis=1), own.max(axis=1) >= 0.5
+        target, hit = own.argmax(axis=1), own.max(axis=1) >= iou_threshold
         places = np.flatnonzero(hit)
         _, first = np.unique(target[places], return_index=True)
         right[places[first]] = True
-    return scores[order].astype(np.float32), right
+        if difficult is not None:
+            ignored = hit & difficult[of_class][target]
+    return scores[order][~ignored].astype(np.float32), right[~ignored]
 
 
 MATCHINGS: dict[str, Callable[..., Entries]] = {"official": match_official, "voc": match_voc}
@@ -93,6 +105,20 @@ def average_precision(scores: np.ndarray, right: np.ndarray, num_truth: int) -> 
     """
     found = np.sort(scores[right])[::-1]
     return _area(_num_above(found, scores[~right]), num_truth)
+
+
+def eleven_point_precision(scores: np.ndarray, right: np.ndarray, num_truth: int) -> float:
+    """Mean of the best precision at a recall of at least 0, 0.1, ..., 1 (VOC 2007).
+
+    Arguments and result as of ``average_precision``. Recalls are compared as fractions, not rounded.
+    """
+    if not num_truth:
+        return float("nan")
+    found = np.sort(scores[right])[::-1]
+    rank = np.arange(1, len(found) + 1)
+    precision = rank / (rank + _num_above(found, scores[~right]))
+    reached = [precision[10 * rank >= tenth * num_truth] for tenth in range(11)]
+    return float(np.mean([points.max(initial=0.0) for points in reached]))
 
 
 def _num_above(found: np.ndarray, wrong: np.ndarray) -> np.ndarray:
@@ -138,6 +164,7 @@ class PooledPrecision:
         scores: np.ndarray,
         truth_boxes: np.ndarray,
         truth_classes: np.ndarray,
+        truth_difficult: np.ndarray | None = None,
         image: Hashable = None,
     ) -> None:
         """Match one class's detections in one image.
@@ -146,6 +173,7 @@ class PooledPrecision:
             episode, class_id: what the reducers group by.
             boxes (float[D, 4]), scores (float[D]): detections of the class, XYXY in pixels.
             truth_boxes (float[G, 4]), truth_classes (int[G]): of all classes of the episode.
+            truth_difficult (bool[G]): need not be found, by VOC's matching alone; default none.
             image: of the episode, for the recall.
 
         Raises:
@@ -159,10 +187,14 @@ class PooledPrecision:
         if np.isnan(scores).any():
             raise ValueError(f"scores must be numbers, got NaN in episode {episode!r}")
         of_class = np.asarray(truth_classes) == class_id
-        key, num_truth = (episode, class_id), int(of_class.sum())
+        of_voc = {}
+        if self.matching == "voc" and truth_difficult is not None:
+            of_voc = {"difficult": truth_difficult}
+        counted = of_class & ~of_voc.get("difficult", np.zeros_like(of_class))
+        key, num_truth = (episode, class_id), int(counted.sum())
         self._truths[key] = self._truths.get(key, 0) + num_truth
         overlaps = pixel_iou(boxes.reshape(-1, 4), truth_boxes.reshape(-1, 4))
-        entries = MATCHINGS[self.matching](scores, overlaps, of_class)
+        entries = MATCHINGS[self.matching](scores, overlaps, of_class, **of_voc)
         self._entries.setdefault(key, []).append(entries)
         if self.ranks:
             place = episode, image

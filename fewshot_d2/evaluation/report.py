@@ -89,6 +89,7 @@ def _summary(rows: Sequence[ReportRow], notes: str) -> str:
     columns = {
         "box AP50": ("bbox", "AP50"),
         "box AP": ("bbox", "AP"),
+        "VOC mAP": ("voc", "mAP"),
         "mask AP50": ("segm", "AP50"),
         "mask AP": ("segm", "AP"),
         "IoU of the best": ("localization", "mask_iou"),

@@ -1,6 +1,16 @@
 """Shared model parts. Importing it registers backbones, RPN and ROI heads in detectron2's registries."""
 
-from . import backbones, deformable, dml_classifier, losses, matching, roi_heads, rpn, trunk_head
+from . import (
+    backbones,
+    deformable,
+    dml_classifier,
+    fourier_conv,
+    losses,
+    matching,
+    roi_heads,
+    rpn,
+    trunk_head,
+)
 from .detector import FewShotDetector, Pairs
 
 __all__ = [
@@ -9,6 +19,7 @@ __all__ = [
     "backbones",
     "deformable",
     "dml_classifier",
+    "fourier_conv",
     "losses",
     "matching",
     "roi_heads",

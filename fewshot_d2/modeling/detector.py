@@ -210,7 +210,7 @@ class FewShotDetector(nn.Module):
             for query, x in enumerate(batched_inputs)
             for k in range(len(x[key]))
         ]
-        pairs = Pairs(*(list(column) for column in zip(*triples, strict=True)))
+        pairs = Pairs(*([triple[i] for triple in triples] for i in range(3)))
         return list(sources.values()), pairs
 
     def support_features(

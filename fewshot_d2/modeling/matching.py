@@ -77,3 +77,48 @@ def depthwise_correlation(features: Tensor, kernels: Tensor) -> Tensor:
         Tensor[P, C, H, W].
     """
     return features * kernels[:, :, None, None]
+
+
+def unit_vectors(features: Tensor, *, dim: int, epsilon: float) -> Tensor:
+    """Features (Tensor[...]) divided by their length along ``dim`` plus ``epsilon``: zero stays zero (OS2D)."""
+    return features / (torch.linalg.vector_norm(features, dim=dim, keepdim=True) + epsilon)
+
+
+def dense_correlation(cells: Tensor, features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Products of every cell of a class image with every place of its query (OS2D, paper 3).
+
+    Args:
+        cells (Tensor[R, M, C]): M cells of each class image, those of the first query first.
+        features (Tensor[N, C, H, W]): maps of the queries. counts: class images of each of the N queries.
+
+    Returns:
+        Tensor[R, M, H, W]: cosines, where both are unit vectors.
+    """
+    num_cells = cells.shape[1]
+    products = [
+        of_query.flatten(0, 1) @ feature.flatten(1)
+        for of_query, feature in zip(cells.split(list(counts)), features, strict=True)
+    ]
+    joined = products[0] if len(products) == 1 else torch.cat(products)
+    return joined.view(len(cells), num_cells, *features.shape[2:])
+
+
+def resample_channels(maps: Tensor, places: Tensor) -> Tensor:
+    """Bilinear samples of every channel at places of its own; outside the map its border goes on.
+
+    Args:
+        maps (Tensor[R, M, H, W]). places (Tensor[R, M, n, 2]): (x, y), -1 and 1 are the first and the last cell.
+
+    Returns:
+        Tensor[R, M, n].
+    """
+    rows, channels, height, width = maps.shape
+    # Channels as a batch of one channel each: the library's kernel then needs no loop over them.
+    samples = F.grid_sample(
+        maps.reshape(rows * channels, 1, height, width),
+        places.reshape(rows * channels, 1, places.shape[2], 2),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=True,
+    )
+    return samples.view(rows, channels, places.shape[2])

@@ -1,5 +1,6 @@
 """Instance search: regions of images, their vectors, an index of them, and the rank lists that come of it."""
 
+from .detector import RetrievalDetector
 from .index import ExactIndex, FaissIndex, VectorIndex
 from .regions import ProposalRegions, SalientRegions, describe_regions
 from .search import GalleryRegions, expand_queries, rank, rerank
@@ -9,6 +10,7 @@ __all__ = [
     "FaissIndex",
     "GalleryRegions",
     "ProposalRegions",
+    "RetrievalDetector",
     "SalientRegions",
     "VectorIndex",
     "describe_regions",

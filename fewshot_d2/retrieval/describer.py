@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import FewShotCheckpointer
 from ..modeling.detector import FewShotDetector
+from ..structures import Support
+from ..transforms import SupportCrop
 from .regions import ProposalRegions, SalientRegions, describe_regions
 
 logger = logging.getLogger(__name__)
+
+# Bounds the memory.
+_CROPS_AT_ONCE = 16
 
 
 class RegionDescriber(nn.Module):
@@ -35,6 +40,8 @@ class RegionDescriber(nn.Module):
         network: nn.Module,
         find_regions: Callable[[Tensor], Tensor],
         layers: Sequence[str],
+        power: float = 1.0,
+        crop_size: int = 0,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
@@ -44,6 +51,8 @@ class RegionDescriber(nn.Module):
             network: all that finds and describes regions; its ``backbone`` is any of detectron2's.
             find_regions: a region source, see ``regions``.
             layers: names of the backbone's maps that describe.
+            power: of the mean, see ``describe_regions``.
+            crop_size: longer side of regions that are cut out and described one by one; 0 = by the image's maps.
             pixel_mean, pixel_std: of the channels, in the order in which images come.
 
         Raises:
@@ -56,7 +65,8 @@ class RegionDescriber(nn.Module):
                 f"FEWSHOT.RETRIEVAL.LAYERS must be among {sorted(shapes)}, got {list(layers)}"
             )
         self.network = network
-        self._find_regions = find_regions
+        self._find_regions, self._power = find_regions, power
+        self._crop = SupportCrop(crop_size, 1, "paper") if crop_size else None
         self._strides = {name: shapes[name].stride for name in layers}
         self.register_buffer("_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
@@ -65,7 +75,7 @@ class RegionDescriber(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the network and its region source, with the weights of the config."""
         node = cfg.FEWSHOT.RETRIEVAL
-        if node.REGIONS == "proposals":
+        if node.REGIONS != "salient":
             network, find_regions = _proposals(cfg)
         else:
             network = _loaded(_Trunk(build_backbone(cfg)), cfg)
@@ -82,6 +92,8 @@ class RegionDescriber(nn.Module):
             "network": network,
             "find_regions": find_regions,
             "layers": node.LAYERS,
+            "power": node.POWER,
+            "crop_size": node.CROP_SIZE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
@@ -97,7 +109,7 @@ class RegionDescriber(nn.Module):
         Returns:
             boxes (float32[R, 4]) inside the image, the whole image last, and float32[R, D]. On the CPU.
         """
-        image = self._normalised(query)
+        image = self._normalised(query["image"])
         height, width = query["image"].shape[1:]
         boxes = self._find_regions(image)
         # The padding is no part of the image, though a region may reach into it.
@@ -105,7 +117,7 @@ class RegionDescriber(nn.Module):
             [*boxes[:, :2].T, boxes[:, 2].clamp(max=width), boxes[:, 3].clamp(max=height)], dim=1
         )
         boxes = boxes[(boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)]
-        vectors = self._described(image, boxes)
+        vectors = self._described(query, image, boxes)
         return _clipped(boxes / self._scale(query), query).cpu(), vectors
 
     def vectors(self, query: Mapping[str, Any], boxes: Tensor) -> Tensor:
@@ -126,7 +138,7 @@ class RegionDescriber(nn.Module):
                 f"{query['file_name']}: boxes must have an area inside the image, got {boxes.tolist()}"
             )
         scaled = boxes.float().to(self._mean.device) * self._scale(query)
-        return self._described(self._normalised(query), scaled)
+        return self._described(query, None, scaled)
 
     def state_sha256(self) -> str:
         """Hash of all weights of the network, wherever they are from."""
@@ -136,9 +148,9 @@ class RegionDescriber(nn.Module):
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _normalised(self, query: Mapping[str, Any]) -> Tensor:
-        """Image of a query -> Tensor[3, H', W'], padded as the backbone needs it."""
-        image = (query["image"].to(self._mean.device) - self._mean) / self._std
+    def _normalised(self, image: Tensor) -> Tensor:
+        """uint8 Tensor[3, H, W] -> Tensor[3, H', W'], padded as the backbone needs it."""
+        image = (image.to(self._mean.device) - self._mean) / self._std
         return ImageList.from_tensors([image], self.backbone.size_divisibility).tensor[0]
 
     def _scale(self, query: Mapping[str, Any]) -> Tensor:
@@ -147,9 +159,29 @@ class RegionDescriber(nn.Module):
         return self._mean.new_tensor([width / query["width"], height / query["height"]] * 2)
 
     @torch.no_grad()
-    def _described(self, image: Tensor, boxes: Tensor) -> Tensor:
-        maps = self.backbone(image[None])
-        vectors = [describe_regions(maps[name], boxes, s) for name, s in self._strides.items()]
+    def _described(self, query: Mapping[str, Any], image: Tensor | None, boxes: Tensor) -> Tensor:
+        """Vectors of boxes in pixels of the network's input; ``image``, if at hand, is the query's, normalised."""
+        if self._crop is None or not len(boxes):
+            image = self._normalised(query["image"]) if image is None else image
+            return self._pooled(image[None], boxes)
+        crops = [self._crop(Support(query["image"], box)).image for box in boxes.cpu()]
+        parts = []
+        for start in range(0, len(crops), _CROPS_AT_ONCE):
+            some = [
+                (c.to(self._mean.device) - self._mean) / self._std
+                for c in crops[start:][:_CROPS_AT_ONCE]
+            ]
+            batch = ImageList.from_tensors(some, self.backbone.size_divisibility)
+            sides = [[0, 0, width, height] for height, width in batch.image_sizes]
+            parts.append(self._pooled(batch.tensor, self._mean.new_tensor(sides)))
+        return torch.cat(parts)
+
+    def _pooled(self, images: Tensor, boxes: Tensor) -> Tensor:
+        maps = self.backbone(images)
+        vectors = [
+            describe_regions(maps[name], boxes, stride, power=self._power)
+            for name, stride in self._strides.items()
+        ]
         return torch.cat(vectors, dim=1).cpu()
 
 
@@ -186,21 +218,23 @@ def _loaded(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
 
 def _proposals(cfg: CfgNode) -> tuple[nn.Module, ProposalRegions]:
-    """Backbone and RPN of an ordinary detector, whose classes do not matter."""
-    model = build_model(cfg)
+    """An ordinary detector, whose classes do not matter, and its RPN's or its heads' boxes as a region source."""
+    model, node = build_model(cfg), cfg.FEWSHOT.RETRIEVAL
     # Most few-shot detectors propose for examples, of which there are none yet.
     if isinstance(model, FewShotDetector) and not hasattr(model, "propose"):
         raise ValueError(
-            "FEWSHOT.RETRIEVAL.REGIONS 'proposals' needs a MODEL.META_ARCHITECTURE that proposes without examples, "
-            f"such as GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
+            f"FEWSHOT.RETRIEVAL.REGIONS {node.REGIONS!r} needs a MODEL.META_ARCHITECTURE that proposes without "
+            f"examples, such as GeneralizedRCNN, got {cfg.MODEL.META_ARCHITECTURE}"
         )
     _loaded(model, cfg)
 
     @torch.no_grad()
     def propose(image: Tensor) -> tuple[Tensor, Tensor]:
-        images = ImageList.from_tensors([image])
-        (found,), _ = model.proposal_generator(images, model.backbone(image[None]), None)
-        return found.proposal_boxes.tensor, found.objectness_logits
+        images, maps = ImageList.from_tensors([image]), model.backbone(image[None])
+        proposals, _ = model.proposal_generator(images, maps, None)
+        if node.REGIONS == "proposals":
+            return proposals[0].proposal_boxes.tensor, proposals[0].objectness_logits
+        (found,), _ = model.roi_heads(images, maps, proposals, None)
+        return found.pred_boxes.tensor, found.scores
 
-    node = cfg.FEWSHOT.RETRIEVAL
     return model, ProposalRegions(propose, num_regions=node.NUM_REGIONS, nms_iou=node.NMS_IOU)

@@ -16,26 +16,37 @@ from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes, roi_al
 from .excitation import ExcitationRule, excite
 
 
-def describe_regions(features: Tensor, boxes: Tensor, stride: float) -> Tensor:
+def describe_regions(
+    features: Tensor, boxes: Tensor, stride: float, *, power: float = 1.0
+) -> Tensor:
     """Mean of a map inside each box, with L2 norm 1.
 
     Args:
-        features (Tensor[1, C, h, w]): of one image.
+        features (Tensor[N, C, h, w]): of one image, or of one for each box (N = R).
         boxes (Tensor[R, 4]): XYXY in pixels of the network's input, each with an area.
         stride: pixels of the network's input in a cell.
+        power: of the generalised mean (mean of x^p)^(1/p) of the positive part (GeM); 1 = the mean of all.
 
     Returns:
         Tensor[R, C]; zero where the map is zero in the whole box.
 
     Raises:
-        ValueError: wrong shape, or a box without area.
+        ValueError: wrong shape, a box without area or a power below 1.
     """
-    if features.dim() != 4 or len(features) != 1:
-        raise ValueError(f"features must be of one image [1, C, h, w], got {list(features.shape)}")
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(f"boxes must be XYXY [R, 4] with an area, got {boxes.tolist()}")
-    pooled = roi_align(features, [boxes.to(features)], 1, 1 / stride, aligned=True)
-    return F.normalize(pooled.flatten(1), dim=1)
+    if features.dim() != 4 or len(features) not in (1, len(boxes)):
+        raise ValueError(
+            f"features must be of one image [1, C, h, w] or one for each of {len(boxes)} boxes, "
+            f"got {list(features.shape)}"
+        )
+    if power < 1:
+        raise ValueError(f"power must be at least 1, got {power}")
+    of_image = [boxes] if len(features) == 1 else boxes.split(1)
+    if power != 1:
+        features = features.clamp(min=0) ** power
+    pooled = roi_align(features, [b.to(features) for b in of_image], 1, 1 / stride, aligned=True)
+    return F.normalize(pooled.flatten(1) ** (1 / power), dim=1)
 
 
 class SalientRegions:

@@ -1,5 +1,6 @@
-"""The only place that draws: ``pictures`` for images with instances, ``plots`` for diagrams."""
+"""The only place that draws: ``pictures`` and ``alignment`` for images, ``plots`` for diagrams."""
 
+from .alignment import alignment_panel
 from .pictures import draw_instances, episode_panel, query_panel
 from .plots import (
     plot_ap50_by_instances,
@@ -10,6 +11,7 @@ from .plots import (
 )
 
 __all__ = [
+    "alignment_panel",
     "draw_instances",
     "episode_panel",
     "plot_ap50_by_instances",

@@ -1,4 +1,4 @@
-"""FlickrLogos-27 (Kalantidis et al., ICMR 2011) for instance search: 27 brands, real photos, distractors.
+"""FlickrLogos-27 (Kalantidis et al., ICMR 2011) for search and one-shot detection: 27 brands, photos, distractors.
 
 One COCO json with the fields ``split`` ("train" or "query") and ``query_label`` ("none" for distractors) of images.
 The published subsets of training images are not in it; the first five images of a brand, by file name, stand for
@@ -18,8 +18,9 @@ from ..coco_json import DatasetDict, read_json, records_of
 
 # Images a brand in the set of queries.
 QUERIES_PER_BRAND = 5
-# "train": all that have boxes; "queries": the first of each brand; "gallery": train and distractors.
-SETS = ("train", "queries", "gallery")
+# "train": all that have boxes; "queries": the first of each brand; "gallery": train and distractors; "test": gallery
+# without queries, whose boxes may then serve as supports.
+SETS = ("train", "queries", "gallery", "test")
 
 
 def register_flickrlogos27(root: Path) -> None:
@@ -41,10 +42,13 @@ def load_flickrlogos27(root: Path, which: str, name: str) -> list[DatasetDict]:
     brands = {a["image_id"]: a["category_id"] for a in content["annotations"]}
     # One image lost its only, degenerate box.
     train = [i for i in images if i["split"] == "train" and i["id"] in brands]
+    queries = _first_of_each_brand(train, brands)
+    distractors = [i for i in images if i["query_label"] == "none"]
     chosen = {
         "train": train,
-        "queries": _first_of_each_brand(train, brands),
-        "gallery": train + [i for i in images if i["query_label"] == "none"],
+        "queries": queries,
+        "gallery": train + distractors,
+        "test": [i for i in train if i not in queries] + distractors,
     }[which]
     ids = {image["id"] for image in chosen}
     annotations = [a for a in content["annotations"] if a["image_id"] in ids]
