@@ -119,7 +119,7 @@ def _add_episodes(node: CN) -> None:
     node.SUPERPIXELS.SIGMA = 0.5
     node.SUPERPIXELS.MIN_SIZE = 50
     # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule, which never shrinks to the minimum;
-    # "shortest_edge": detectron2's. Queries and supports.
+    # "shortest_edge": detectron2's; "stretch": both sides to INPUT.MAX_SIZE_*. Queries and supports.
     node.RESIZE_RULE = "paper"
     # (query, class) pairs that go through the heads at once in inference: bounds the memory.
     node.PAIRS_PER_CHUNK = 4

@@ -1,0 +1,137 @@
+"""How supports enhance one map of the query (paper 3.2.1, 3.2.2; spec A3, A5).
+
+N queries, K classes, S supports, P (query, class) pairs; C,H,W query map, h,w support map, D = C / 2. Maps as tokens
+are Tensor[..., H * W, channels]: a 1x1 convolution is then a linear layer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .reweighting import FeatureReweighting
+
+SIMILARITIES = ("gap", "image", "global")
+
+
+class PooledFusion(nn.Module):
+    """The baseline (eq. 3): the mean of the pooled supports is added everywhere."""
+
+    def encode(self, maps: Tensor, is_shot: Tensor) -> dict[str, Tensor]:
+        """Support maps (Tensor[K, S, C, h, w]), of which some are there (bool[K, S]) -> {"vector": Tensor[K, C]}."""
+        return {"vector": torch.einsum("ksc,ks->kc", maps.mean(dim=(3, 4)), uniform(is_shot))}
+
+    def describe(self, features: Tensor) -> dict[str, Tensor]:
+        """What is worth computing once a query: nothing but the map (Tensor[N, C, H, W])."""
+        return {"map": features}
+
+    def forward(
+        self, query: dict[str, Tensor], support: dict[str, Tensor], is_shot: Tensor
+    ) -> Tensor:
+        """Enhanced map, Tensor[P, C, H, W]; everything is row by pair."""
+        return query["map"] + support["vector"][:, :, None, None]
+
+
+class SimilarityFusion(nn.Module):
+    """The spatial similarity module with the weights of its supports (eq. 4 to 6 and 11).
+
+    Attention is never whole in memory, which is exact.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dropout: float,
+        is_global: bool,
+        reweighting: FeatureReweighting | None,
+        normalize_weights: bool,
+    ):
+        """Build the four convolutions; the last one is zero, so that at first the query is left as it is.
+
+        Args:
+            channels: C. dropout: of the output. is_global: one softmax over all supports (eq. 6).
+            reweighting: gives the weights; None = supports count alike.
+            normalize_weights: whether weights are divided by their sum.
+        """
+        super().__init__()
+        half = channels // 2
+        self.theta, self.phi, self.g = (nn.Linear(channels, half) for _ in range(3))
+        self.out = nn.Linear(half, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.dropout = nn.Dropout(dropout)
+        self.is_global, self.reweighting = is_global, reweighting
+        self.normalize_weights = normalize_weights
+
+    def encode(self, maps: Tensor, is_shot: Tensor) -> dict[str, Tensor]:
+        """What does not depend on a query.
+
+        Args:
+            maps (Tensor[K, S, C, h, w]): of the supports. is_shot (bool[K, S]): which of them are there.
+
+        Returns:
+            {"keys": Tensor[K, S, h * w, D], "values": the same, "weights": Tensor[K, S]}.
+        """
+        tokens = _tokens(maps)
+        weights = uniform(is_shot)
+        if self.reweighting is not None:
+            weights = self.reweighting(maps.mean(dim=(3, 4)), is_shot)
+        if self.normalize_weights:
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        return {"keys": self.phi(tokens), "values": self.g(tokens), "weights": weights}
+
+    def describe(self, features: Tensor) -> dict[str, Tensor]:
+        """What is worth computing once a query: the map (Tensor[N, C, H, W]) and its "theta" (Tensor[N, H * W, D])."""
+        return {"map": features, "theta": self.theta(_tokens(features))}
+
+    def forward(
+        self, query: dict[str, Tensor], support: dict[str, Tensor], is_shot: Tensor
+    ) -> Tensor:
+        """Enhanced map, Tensor[P, C, H, W]; everything is row by pair."""
+        features, weights = query["map"], support["weights"]
+        keys, values, mask = support["keys"], support["values"], None
+        if self.is_global:
+            mask = is_shot.repeat_interleave(keys.shape[2], dim=1)[:, None, None]
+            mask = None if is_shot.all() else mask
+            keys, values = keys.flatten(1, 2)[:, None], values.flatten(1, 2)[:, None]
+            weights = weights.new_ones(len(weights), 1)
+        similar = self.similar(query["theta"], keys, values, mask)
+        added = torch.einsum("ps,psqc->pcq", weights, similar).view(features.shape)
+        return weights.sum(dim=1)[:, None, None, None] * features + added
+
+    def similar(self, theta: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """What each support adds to the query's tokens: Tensor[P, S, H * W, C].
+
+        Args:
+            theta (Tensor[P, H * W, D]), keys, values (Tensor[P, S, h * w, D]).
+            mask (bool[P, 1, 1, h * w] or None): support tokens that are there.
+        """
+        theta = theta[:, None].expand(-1, keys.shape[1], -1, -1)
+        # Its scale is the 1 / sqrt(D) of spec A3.
+        attended = F.scaled_dot_product_attention(theta, keys, values, attn_mask=mask)
+        return self.dropout(self.out(F.relu(standardized(attended))))
+
+
+def standardized(tokens: Tensor) -> Tensor:
+    """Tokens without mean and by their unbiased deviation, over the last axis (spec A3, 4)."""
+    deviation, mean = torch.std_mean(tokens.float(), dim=-1, keepdim=True)
+    return (tokens - mean) / (deviation + 1e-6)
+
+
+def uniform(is_shot: Tensor) -> Tensor:
+    """Weights of a mean over the supports that are there, Tensor[K, S]."""
+    return is_shot / is_shot.sum(dim=1, keepdim=True)
+
+
+def attention(theta: Tensor, keys: Tensor) -> Tensor:
+    """The attention itself, for pictures: Tensor[P, S, H * W, h * w], over the last axis it sums to 1.
+
+    Args:
+        theta (Tensor[P, H * W, D]), keys (Tensor[P, S, h * w, D]).
+    """
+    logits = theta[:, None] @ keys.transpose(2, 3) / theta.shape[-1] ** 0.5
+    return logits.softmax(dim=-1)
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    return maps.flatten(-2).transpose(-1, -2)
