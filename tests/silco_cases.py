@@ -60,9 +60,7 @@ def small_silco(scales: int = 2, seed: int = 0) -> SILCO:
         pixel_std=[64.0] * 3,
         pairs_per_chunk=4,
         fusions=fusions,
-        priors=PriorBoxes(
-            *([4, 8][:scales], [(10, 14), (14, 20)][:scales], [(2,), (2,)][:scales])
-        ),
+        priors=PriorBoxes(*([4, 8][:scales], [(10, 14), (14, 20)][:scales], [(2,), (2,)][:scales])),
         resize=resize,
         separate_trunks=False,
         match_iou=0.5,

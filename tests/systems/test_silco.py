@@ -85,7 +85,9 @@ def test_permuted_supports_have_permuted_weights_and_the_same_result(model, rng)
     first, second = (
         SupportSet([1], ["a"], [s]) for s in (shots, [shots[position] for position in order])
     )
-    weights, permuted = (model.encode_support([s]).tensors["scale0.weights"] for s in (first, second))
+    weights, permuted = (
+        model.encode_support([s]).tensors["scale0.weights"] for s in (first, second)
+    )
     assert_close(weights[:, order], permuted)
     assert weights.std() > 1e-4, "weights that are all alike would show nothing"
     (query,) = queries_with(rng, first)
@@ -148,7 +150,9 @@ def naive_losses(model, queries):
     for p, target in enumerate(pairs.targets(queries, model.device)):
         logits, truth = predicted["cls_logits"][p], target.gt_boxes
         found = assigned(pairwise_iou(truth, Boxes(priors)), 0.5).tolist()
-        losses = [F.cross_entropy(logits[a], torch.tensor(int(g >= 0))) for a, g in enumerate(found)]
+        losses = [
+            F.cross_entropy(logits[a], torch.tensor(int(g >= 0))) for a, g in enumerate(found)
+        ]
         own = [a for a, g in enumerate(found) if g >= 0]
         others = sorted(set(range(len(found))) - set(own), key=lambda a: -losses[a].item())
         positives += len(own)
@@ -302,7 +306,9 @@ def test_pictures_of_any_kind(tmp_path):
 def test_query_that_equals_its_only_support(model, rng):
     image = torch.randint(0, 256, (3, SIDE, SIDE), generator=rng, dtype=torch.uint8)
     query = {"image": image, "height": SIDE, "width": SIDE}
-    found = model([{**query, "support": SupportSet([1], ["a"], [[Support(image)]])}])[0]["instances"]
+    found = model([{**query, "support": SupportSet([1], ["a"], [[Support(image)]])}])[0][
+        "instances"
+    ]
     assert len(found) and torch.isfinite(found.scores).all()
 
 

@@ -1,7 +1,7 @@
 """How supports enhance one map of the query (paper 3.2.1, 3.2.2; spec A3, A5).
 
 N queries, K classes, S supports, P (query, class) pairs; C,H,W query map, h,w support map, D = C / 2. Maps as tokens
-are Tensor[..., H * W, channels]: a 1x1 convolution is then a linear layer.
+are Tensor[..., H * W, channels].
 """
 
 import torch
@@ -55,7 +55,7 @@ class SimilarityFusion(nn.Module):
         """
         super().__init__()
         half = channels // 2
-        self.theta, self.phi, self.g = (nn.Linear(channels, half) for _ in range(3))
+        self.theta, self.phi, self.g = (nn.Conv2d(channels, half, 1) for _ in range(3))
         self.out = nn.Linear(half, channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -72,17 +72,20 @@ class SimilarityFusion(nn.Module):
         Returns:
             {"keys": Tensor[K, S, h * w, D], "values": the same, "weights": Tensor[K, S]}.
         """
-        tokens = _tokens(maps)
         weights = uniform(is_shot)
         if self.reweighting is not None:
             weights = self.reweighting(maps.mean(dim=(3, 4)), is_shot)
         if self.normalize_weights:
             weights = weights / weights.sum(dim=1, keepdim=True)
-        return {"keys": self.phi(tokens), "values": self.g(tokens), "weights": weights}
+        keys, values = (
+            _tokens(conv(maps.flatten(0, 1))).unflatten(0, is_shot.shape)
+            for conv in (self.phi, self.g)
+        )
+        return {"keys": keys, "values": values, "weights": weights}
 
     def describe(self, features: Tensor) -> dict[str, Tensor]:
         """What is worth computing once a query: the map (Tensor[N, C, H, W]) and its "theta" (Tensor[N, H * W, D])."""
-        return {"map": features, "theta": self.theta(_tokens(features))}
+        return {"map": features, "theta": _tokens(self.theta(features))}
 
     def forward(
         self, query: dict[str, Tensor], support: dict[str, Tensor], is_shot: Tensor
@@ -95,21 +98,28 @@ class SimilarityFusion(nn.Module):
             mask = None if is_shot.all() else mask
             keys, values = keys.flatten(1, 2)[:, None], values.flatten(1, 2)[:, None]
             weights = weights.new_ones(len(weights), 1)
-        similar = self.similar(query["theta"], keys, values, mask)
-        added = torch.einsum("ps,psqc->pcq", weights, similar).view(features.shape)
-        return weights.sum(dim=1)[:, None, None, None] * features + added
+        added = self.added(query["theta"], keys, values, weights, mask)
+        total = weights.sum(dim=1)[:, None, None, None]
+        return total * features + added.transpose(1, 2).view_as(features)
 
-    def similar(self, theta: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """What each support adds to the query's tokens: Tensor[P, S, H * W, C].
+    def added(
+        self, theta: Tensor, keys: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """What supports add to the query's tokens: Tensor[P, H * W, C].
 
         Args:
-            theta (Tensor[P, H * W, D]), keys, values (Tensor[P, S, h * w, D]).
+            theta (Tensor[P, H * W, D]), keys, values (Tensor[P, S, h * w, D]), weights (Tensor[P, S]).
             mask (bool[P, 1, 1, h * w] or None): support tokens that are there.
         """
         theta = theta[:, None].expand(-1, keys.shape[1], -1, -1)
         # Its scale is the 1 / sqrt(D) of spec A3.
         attended = F.scaled_dot_product_attention(theta, keys, values, attn_mask=mask)
-        return self.dropout(self.out(F.relu(standardized(attended))))
+        return self.weighted(attended, weights)
+
+    def weighted(self, attended: Tensor, weights: Tensor) -> Tensor:
+        """The sum over supports (Tensor[P, H * W, C]) of attended tokens (Tensor[P, S, H * W, D])."""
+        similar = self.dropout(self.out(F.relu(standardized(attended))))
+        return torch.einsum("ps,psqc->pqc", weights, similar)
 
 
 def standardized(tokens: Tensor) -> Tensor:
@@ -134,4 +144,5 @@ def attention(theta: Tensor, keys: Tensor) -> Tensor:
 
 
 def _tokens(maps: Tensor) -> Tensor:
-    return maps.flatten(-2).transpose(-1, -2)
+    # Attention wants the channels of a token side by side.
+    return maps.flatten(2).transpose(1, 2).contiguous()
