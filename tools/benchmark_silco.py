@@ -119,8 +119,8 @@ def main() -> None:
         before, peak = memory[form]
         wall, busy = min(seconds[form][1:]), min(busy_seconds[form][1:])
         print(
-            f"{form:9s} {wall:6.2f} s ({busy:.2f} s of all threads), peak {peak:.2f} GiB, {peak - before:.2f} GiB of it "
-            "in the step"
+            f"{form:9s} {wall:6.2f} s ({busy:.2f} s of all threads), peak {peak:.2f} GiB, {peak - before:.2f} GiB "
+            "of it in the step"
         )
     pairs = zip(*outputs.values(), strict=True)
     print(f"largest difference {max((a - b).abs().max().item() for a, b in pairs):.1e}")
