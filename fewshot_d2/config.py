@@ -125,7 +125,7 @@ def _add_episodes(node: CN) -> None:
     node.SUPERPIXELS.SIGMA = 0.5
     node.SUPERPIXELS.MIN_SIZE = 50
     # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule, which never shrinks to the minimum;
-    # "shortest_edge": detectron2's. Queries and supports.
+    # "shortest_edge": detectron2's; "stretch": both sides to INPUT.MAX_SIZE_*. Queries and supports.
     node.RESIZE_RULE = "paper"
     # (query, class) pairs that go through the heads at once in inference: bounds the memory.
     node.PAIRS_PER_CHUNK = 4
@@ -184,8 +184,8 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.DATASET_TRAIN = ""
     # One a name in DATASETS.TEST, or empty for all.
     node.SUPPORT.DATASETS_TEST = ()
-    # "crop": the mapper cuts the example out; "image": whole image with its box; "whole": without any box, resized as a
-    # crop would be, and not flipped with the query.
+    # "crop": the mapper cuts the example out; "image": whole image with its box; "whole": without any box, resized as
+    # a query and not flipped with it (SILCO).
     node.SUPPORT.FORM = "crop"
     # Side of the support canvas in pixels, and the short side of the rules that have a minimum.
     node.SUPPORT.SIZE = 192

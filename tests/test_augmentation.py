@@ -246,7 +246,7 @@ def test_mapped_queries_have_their_boxes_on_their_pixels(tmp_path, with_masks):
             area = instances.gt_masks.tensor[-1].sum()
             assert area == pytest.approx(float((box[2] - box[0]) * (box[3] - box[1])), abs=80)
         # Supports are as they were.
-        assert query["support"].examples[0][0].image.shape == (3, 32, 32)
+        assert query["support"].examples[0][0].image.shape == (3, 64, 64)
 
 
 def test_the_key_alone_decides_and_tests_are_not_augmented(tmp_path):

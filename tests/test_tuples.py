@@ -93,8 +93,8 @@ def test_supports_are_whole_images_without_boxes(dataset):
     assert query["support"].class_names == again["support"].class_names
     (shots,) = query["support"].examples
     assert len(shots) == 3 and all(s.box is None and s.mask is None for s in shots)
-    # 60 x 40 pixels on a canvas of 32.
-    assert {s.image_size for s in shots} == {(21, 32)}
+    # 60 x 40 pixels at the size of a query.
+    assert {s.image_size for s in shots} == {(43, 64)} == {tuple(query["image"].shape[1:])}
     assert set(query["instances"].gt_classes.tolist()) == {0}
     for shot, same in zip(shots, again["support"].examples[0], strict=True):
         assert (shot.image == same.image).all()

@@ -1,7 +1,6 @@
 """Episodic mappers: an ``Episode`` in, the query dict of the batch contract out (see ``structures``)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from .episodes import Episode
 EPISODIC_MAPPER_REGISTRY = Registry("EPISODIC_MAPPER")
 EPISODIC_MAPPER_REGISTRY.__doc__ = """
 Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``. Pre-training also
-calls ``support(record, annotation)`` and ``support_crop``.
+calls ``boxed(record, annotation)`` and ``support_crop``.
 """
 
 _SUPPORT_FORMS = ("crop", "image", "whole")
@@ -187,15 +186,20 @@ class EpisodicDatasetMapper:
         return SupportSet(list(episode.class_ids), list(episode.class_names), examples)
 
     def support(self, record: dict, annotation: dict, *, flip: bool = False) -> Support:
-        """Read, crop and perhaps flip one example."""
-        image = _to_tensor(read_image(record, "RGB"))
-        box = self._example_box(record, annotation)
-        support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))
+        """Read, crop or resize and perhaps flip one example."""
         if self.support_form == "whole":
-            return self.support_crop(replace(support, box=None))
+            pixels = read_image(record, "RGB")
+            return Support(_to_tensor(self.resize.get_transform(pixels).apply_image(pixels)))
+        support = self.boxed(record, annotation)
         if self.support_form == "crop":
             support = self.support_crop(support)
         return _flipped(support) if flip else support
+
+    def boxed(self, record: dict, annotation: dict) -> Support:
+        """Read one example: its whole image and its box."""
+        image = _to_tensor(read_image(record, "RGB"))
+        box = self._example_box(record, annotation)
+        return Support(image=image, box=torch.tensor(box, dtype=torch.float32))
 
     def _example_box(self, record: dict, annotation: dict) -> Sequence[float]:
         if self.support_box == "mask" and annotation.get("segmentation") is not None:
