@@ -8,13 +8,15 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .data.config import add_data_config, check_data_config
 from .transforms import RESIZE_RULES
 
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
 REGION_SOURCES = ("salient", "proposals")
-TRAINED_ON = ("episodes", "base_images", "rank_lists")
+TRAINED_ON = ("episodes", "tuples", "base_images", "rank_lists")
+SUPPORT_UNITS = ("boxes", "images")
 
 
 def add_fewshot_config(cfg: CN) -> None:
@@ -26,6 +28,7 @@ def add_fewshot_config(cfg: CN) -> None:
     _add_self_paced(cfg.FEWSHOT)
     _add_retrieval(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
+    add_data_config(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
     _add_benchmark(cfg.FEWSHOT)
@@ -64,6 +67,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.TEST.SIDES", test.SIDES, ("novel", "base", "all")),
         ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
         ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
+        ("FEWSHOT.BENCHMARK.SUPPORTS", (cfg.FEWSHOT.BENCHMARK.SUPPORTS,), SUPPORT_UNITS),
         ("FEWSHOT.RETRIEVAL.REGIONS", (cfg.FEWSHOT.RETRIEVAL.REGIONS,), REGION_SOURCES),
         ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), TRAINED_ON),
         ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
@@ -78,6 +82,7 @@ def check_config(cfg: CN) -> None:
         wrong = [value for value in values if value not in allowed]
         if wrong:
             raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
+    check_data_config(cfg)
     pretrain = cfg.FEWSHOT.PRETRAIN
     for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
         if pretrain[key] < least:
@@ -94,9 +99,10 @@ def _add_episodes(node: CN) -> None:
     # Data sets of one's own, each [name, json file, image folder]; relative paths are below
     # DETECTRON2_DATASETS. COCO and LVIS layouts; the names then go into DATASETS.TRAIN / TEST.
     node.REGISTER = []
-    # Which classes are novel: "all" (none), "every_4th:i", "novel:dog,cat,17" or "file:split.json".
+    # Which classes are novel: "all" (none), "every_4th:i", "part:i/n", "novel:dog,cat,17" or "file:split.json".
     node.SPLIT = "all"
-    # "episodes"; "base_images": the base classes as a closed set, without supports (RepMet), then
+    # "episodes"; "tuples": NUM_SHOTS images and a query of one class (SILCO).
+    # "base_images": the base classes as a closed set, without supports (RepMet), then
     # MODEL.ROI_HEADS.NUM_CLASSES is their number, and an epoch has IMAGES_PER_CLASS (0 = all images); "rank_lists":
     # what a search found for queries (SPIL), see SELF_PACED.
     node.TRAIN_ON = "episodes"
@@ -178,7 +184,8 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.DATASET_TRAIN = ""
     # One a name in DATASETS.TEST, or empty for all.
     node.SUPPORT.DATASETS_TEST = ()
-    # "crop": the mapper cuts the example out; "image": whole image with its box.
+    # "crop": the mapper cuts the example out; "image": whole image with its box; "whole": without any box, resized as
+    # a query and not flipped with it (SILCO).
     node.SUPPORT.FORM = "crop"
     # Side of the support canvas in pixels, and the short side of the rules that have a minimum.
     node.SUPPORT.SIZE = 192
@@ -236,6 +243,10 @@ def _add_benchmark(node: CN) -> None:
     node.BENCHMARK.EPISODES = 500
     # The original's.
     node.BENCHMARK.SEED = 9001
+    # Shots are "boxes" (RepMet), or "images" in tuples: WAYS and QUERIES_PER_CLASS are 1 (SILCO).
+    node.BENCHMARK.SUPPORTS = "boxes"
+    # Boxes are compared in whole pixels of a square of this side (SILCO: 300); 0 = in pixels of the query.
+    node.BENCHMARK.SQUARE = 0
     # Described queries that are kept for later episodes: bounds the memory. Of the order of 8 MB each for a large
     # model with 2000 proposals.
     node.BENCHMARK.KEPT_QUERIES = 1000

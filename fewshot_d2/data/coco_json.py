@@ -78,7 +78,7 @@ def load_instances_json(
         One dict an image, also of those without annotations: ``file_name, height, width,
         image_id, annotations``; an annotation has ``id, bbox`` (XYWH, absolute pixels),
         ``bbox_mode, category_id`` (contiguous), ``iscrowd`` and, if usable, ``segmentation`` and
-        ``area`` (pixels).
+        ``area`` (pixels); ``difficult`` = 1 (VOC) where the file has it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -200,6 +200,8 @@ def _clean_annotation(
         cleaned["area"] = area
     if segmentation:
         cleaned["segmentation"] = segmentation
+    if annotation.get("difficult"):
+        cleaned["difficult"] = 1
     return cleaned
 
 

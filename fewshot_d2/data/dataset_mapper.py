@@ -14,15 +14,16 @@ from pycocotools import mask as coco_mask
 
 from ..structures import Support, SupportSet
 from ..transforms import ResizeByRule, SupportCrop
+from .augmentation import NOTHING, AugmentationRule, centres_inside
 from .episodes import Episode
 
 EPISODIC_MAPPER_REGISTRY = Registry("EPISODIC_MAPPER")
 EPISODIC_MAPPER_REGISTRY.__doc__ = """
 Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``. Pre-training also
-calls ``support(record, annotation)`` and ``support_crop``.
+calls ``boxed(record, annotation)`` and ``support_crop``.
 """
 
-_SUPPORT_FORMS = ("crop", "image")
+_SUPPORT_FORMS = ("crop", "image", "whole")
 _SUPPORT_BOXES = ("annotation", "mask")
 
 
@@ -30,9 +31,9 @@ _SUPPORT_BOXES = ("annotation", "mask")
 class EpisodicDatasetMapper:
     """The default mapper.
 
-    1. Read the query, flip (training, by key) and resize it.
+    1. Read the query, augment it, flip it (training, by key) and resize it.
     2. Keep the annotations of the episode's classes as ``instances`` with episode-local classes.
-    3. Read the supports and crop them or attach their boxes.
+    3. Read the supports and crop them, attach their boxes or leave them without.
 
     Everything random comes from the episode's key, nothing from a worker's state.
     """
@@ -49,6 +50,7 @@ class EpisodicDatasetMapper:
         support_box: str,
         with_masks: bool,
         flip_probability: float,
+        augment: AugmentationRule = NOTHING,
     ):
         """Store the parts.
 
@@ -56,9 +58,11 @@ class EpisodicDatasetMapper:
             is_train: whether ``instances`` are wanted and flips allowed.
             image_format: channel order of the query, "BGR" or "RGB". Supports are always RGB.
             resize: rule of the query. support_crop: rule of the supports if ``support_form`` is "crop".
-            support_form: "crop" or "image". support_box: "annotation" or "mask".
+            support_form: "crop", "image" or "whole". support_box: "annotation" or "mask".
             with_masks: whether instances get ``gt_masks``.
-            flip_probability: of a horizontal flip of query and supports together, in training.
+            flip_probability: of a horizontal flip of query and supports together, in training; supports of the form
+                "whole" are not flipped.
+            augment: what else is done to the query in training.
         """
         if support_form not in _SUPPORT_FORMS or support_box not in _SUPPORT_BOXES:
             raise ValueError(
@@ -72,6 +76,7 @@ class EpisodicDatasetMapper:
         self.support_form, self.support_box = support_form, support_box
         self.with_masks = with_masks
         self.flip_probability = flip_probability if is_train else 0.0
+        self.augment = augment if is_train else NOTHING
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
@@ -85,6 +90,7 @@ class EpisodicDatasetMapper:
             "support_box": cfg.FEWSHOT.SUPPORT.BOX,
             "with_masks": cfg.MODEL.MASK_ON,
             "flip_probability": 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+            "augment": AugmentationRule.from_cfg(cfg),
         }
 
     def __call__(self, episode: Episode) -> dict[str, Any]:
@@ -96,10 +102,7 @@ class EpisodicDatasetMapper:
         record = episode.query
         pixels = read_image(record, self.image_format)
         flip = self.flips(episode)
-        transforms = [T.HFlipTransform(pixels.shape[1])] if flip else []
-        transforms.append(self.resize.get_transform(pixels))
-        transform = T.TransformList(transforms)
-        pixels = transform.apply_image(pixels)
+        pixels, transform = self._transformed(episode, pixels, flip)
         result = {
             "file_name": record["file_name"],
             "image_id": record["image_id"],
@@ -116,6 +119,19 @@ class EpisodicDatasetMapper:
             result["weights"] = list(episode.weights)
         return result
 
+    def _transformed(
+        self, episode: Episode, pixels: np.ndarray, flip: bool
+    ) -> tuple[np.ndarray, T.Transform]:
+        """The query's network image (H, W, 3) and how it came about."""
+        boxes = self._boxes(episode) if self.augment.moves_pixels else None
+        augmented = T.AugInput(pixels, boxes=boxes)
+        rng = np.random.default_rng((*episode.key, 3))
+        transform = augmented.apply_augmentations(self.augment.augmentations(rng))
+        pixels = augmented.image
+        rest = [T.HFlipTransform(pixels.shape[1])] if flip else []
+        rest = T.TransformList([*rest, self.resize.get_transform(pixels)])
+        return rest.apply_image(pixels), transform + rest
+
     def flips(self, episode: Episode) -> bool:
         """Whether an episode's query and supports are flipped."""
         return bool(np.random.default_rng((*episode.key, 2)).random() < self.flip_probability)
@@ -124,6 +140,10 @@ class EpisodicDatasetMapper:
         self, episode: Episode, transform: T.Transform, image_size: tuple[int, int]
     ) -> Instances:
         local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
+        wanted = _annotations(episode)
+        if self.augment.moves_pixels:
+            inside = centres_inside(self._boxes(episode), transform, image_size)
+            wanted = [a for a, is_inside in zip(wanted, inside, strict=True) if is_inside]
         annotations = [
             {
                 **a,
@@ -132,12 +152,14 @@ class EpisodicDatasetMapper:
                 # detectron2 transforms in the box's own type, and would round integers down.
                 "bbox": [float(value) for value in a["bbox"]],
             }
-            for a in episode.query.get("annotations", ())
-            if a["category_id"] in local_class and not a.get("iscrowd", 0)
+            for a in wanted
         ]
-        if not self.with_masks:
-            for annotation in annotations:
+        for annotation in annotations:
+            if not self.with_masks:
                 del annotation["segmentation"]
+            elif self.augment.crops:
+                # Polygons could not be cropped.
+                annotation["segmentation"] = _as_rle(annotation["segmentation"], episode.query)
         annotations = [
             detection_utils.transform_instance_annotations(a, transform, image_size)
             for a in annotations
@@ -146,6 +168,14 @@ class EpisodicDatasetMapper:
             annotations, image_size, mask_format="bitmask"
         )
         return detection_utils.filter_empty_instances(instances)
+
+    def _boxes(self, episode: Episode) -> np.ndarray:
+        """XYXY of the episode's instances in the query, float64[N, 4], original pixels."""
+        boxes = [
+            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+            for a in _annotations(episode)
+        ]
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
     def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
         """Read, crop and perhaps flip the supports of an episode."""
@@ -156,13 +186,20 @@ class EpisodicDatasetMapper:
         return SupportSet(list(episode.class_ids), list(episode.class_names), examples)
 
     def support(self, record: dict, annotation: dict, *, flip: bool = False) -> Support:
-        """Read, crop and perhaps flip one example."""
-        image = _to_tensor(read_image(record, "RGB"))
-        box = self._example_box(record, annotation)
-        support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))
+        """Read, crop or resize and perhaps flip one example."""
+        if self.support_form == "whole":
+            pixels = read_image(record, "RGB")
+            return Support(_to_tensor(self.resize.get_transform(pixels).apply_image(pixels)))
+        support = self.boxed(record, annotation)
         if self.support_form == "crop":
             support = self.support_crop(support)
         return _flipped(support) if flip else support
+
+    def boxed(self, record: dict, annotation: dict) -> Support:
+        """Read one example: its whole image and its box."""
+        image = _to_tensor(read_image(record, "RGB"))
+        box = self._example_box(record, annotation)
+        return Support(image=image, box=torch.tensor(box, dtype=torch.float32))
 
     def _example_box(self, record: dict, annotation: dict) -> Sequence[float]:
         if self.support_box == "mask" and annotation.get("segmentation") is not None:
@@ -171,6 +208,21 @@ class EpisodicDatasetMapper:
             if len(rows):
                 return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
         return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+
+
+def _annotations(episode: Episode) -> list[dict]:
+    """The query's annotations of the episode's classes, without crowds."""
+    wanted = set(episode.contiguous_ids)
+    return [
+        a
+        for a in episode.query.get("annotations", ())
+        if a["category_id"] in wanted and not a.get("iscrowd", 0)
+    ]
+
+
+def _as_rle(segmentation: list | dict, record: dict) -> dict:
+    mask = decode_mask(segmentation, record["height"], record["width"])
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
 def read_image(record: dict, image_format: str) -> np.ndarray:
