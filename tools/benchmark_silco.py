@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_d2.systems.silco.reweighting import FeatureReweighting
-from fewshot_d2.systems.silco.similarity import SimilarityFusion, attention
+from fewshot_d2.systems.silco.similarity import SimilarityFusion
 
 SCALES = ((512, 38), (1024, 19), (512, 10), (256, 5), (256, 3), (256, 1))
 
@@ -26,7 +26,7 @@ class MatmulFusion(SimilarityFusion):
         self, theta: Tensor, keys: Tensor, values: Tensor, weights: Tensor, mask: Tensor | None
     ) -> Tensor:
         """As in ``SimilarityFusion``, without a mask."""
-        return self.weighted(attention(theta, keys) @ values, weights)
+        return self.weighted(self.attention(theta, keys) @ values, weights)
 
 
 FORMS = {"as it is": SimilarityFusion, "matmul": MatmulFusion}

@@ -111,6 +111,28 @@ def test_encoded_and_described_once_equals_forward(model, rng, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("similarity", ["gap", "image", "global"])
+def test_explanation_is_of_the_search(rng, similarity):
+    """Of the first class, without its missing supports."""
+    keys = ("MODEL.SILCO.SIMILARITY", similarity, "MODEL.SILCO.REWEIGHTING", similarity == "image")
+    model = built(*keys).eval()
+    support = SupportSet([1, 2], ["a", "b"], [[random_support(rng)] * n for n in (2, 3)])
+    (described,) = model.describe_queries([random_query(rng, support)])
+    features = model.encode_support([support])
+    shown = model.explain(described, features)
+    for name in ("query map", "enhanced map", "score"):
+        assert shown[name].shape == (16, 16)
+    found = model.search(described, features[[0]])
+    assert shown["score"].max() <= found.scores.max() + 1e-6
+    if similarity == "gap":
+        assert "attention" not in shown
+    else:
+        assert shown["attention"].shape == (16, 16, 2, 16, 16)
+        of_cell = shown["attention"][3, 5].sum().item()
+        assert of_cell == pytest.approx(2 if similarity == "image" else 1, rel=1e-4)
+
+
+@torch.no_grad()
 def test_query_trunk_is_run_once_a_query(model, rng, monkeypatch):
     sizes = []
     original = model.backbone.forward

@@ -11,7 +11,6 @@ from fewshot_d2.systems.silco.reweighting import FeatureReweighting, LearnedAdja
 from fewshot_d2.systems.silco.similarity import (
     PooledFusion,
     SimilarityFusion,
-    attention,
     standardized,
 )
 
@@ -160,18 +159,24 @@ def test_standardized_constant_tokens_are_zero_with_finite_gradients():
 
 
 @torch.no_grad()
-def test_attention_for_pictures_is_that_of_the_module(rng):
-    module = fusion()
+@pytest.mark.parametrize("is_global", [False, True])
+def test_attention_for_pictures_is_that_of_the_module(rng, is_global):
+    module = fusion(is_global=is_global)
     query, maps = maps_of(rng)
-    theta = module.describe(query)["theta"]
     encoded = module.encode(maps, torch.ones(2, 3, dtype=torch.bool))
-    weights = attention(theta, encoded["keys"])
-    assert weights.shape == (2, 3, 6, 8)
-    assert_close(weights.sum(dim=3), torch.ones(2, 3, 6))
-    shares = torch.rand(2, 3, generator=rng)
-    similar = module.out(standardized(weights @ encoded["values"]).relu())
-    expected = (shares[:, :, None, None] * similar).sum(dim=1)
-    assert_close(module.added(theta, encoded["keys"], encoded["values"], shares, None), expected)
+    looked_at = module.attention(module.describe(query)["theta"], encoded["keys"])
+    assert looked_at.shape == (2, 3, 6, 8)
+    total = looked_at.sum(dim=3)
+    assert_close(
+        total.sum(dim=1) if is_global else total,
+        torch.ones(2, 6) if is_global else torch.ones(2, 3, 6),
+    )
+    attended = looked_at @ encoded["values"]
+    if is_global:
+        attended = attended.sum(dim=1, keepdim=True)
+    similar = module.out(standardized(attended).relu()).mean(dim=1)
+    expected = query + similar.transpose(1, 2).view_as(query)
+    assert_close(enhanced(module, query, maps), expected, atol=1e-5, rtol=1e-4)
 
 
 def leaky(x):

@@ -5,6 +5,7 @@ N queries, K classes, S supports, P (query, class) pairs, A priors; C,H,W a quer
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -227,6 +228,33 @@ class SILCO(FewShotDetector):
         pairs = Pairs([0] * len(classes), classes, classes)
         results = self.detect(query["queries"], query["maps"], support, pairs)
         return self.postprocess(results, pairs, [query])[0]["instances"]
+
+    def explain(self, query: dict[str, Any], support: SupportFeatures) -> dict[str, Tensor]:
+        """What happens to the finest map of a query of ``describe_queries``; see ``FewShotDetector``.
+
+        Returns:
+            "attention" (Tensor[H, W, S, h, w]), unless supports are pooled, and of Tensor[H, W] "query map" and
+            "enhanced map", means over channels, and "score", the best of each cell.
+        """
+        name, fusion = next(iter(self.fusions.items()))
+        described, pairs = self.describe_maps(query["maps"]), Pairs([0], [0], [0])
+        fused = self.fuse(described, support, pairs)
+        before = query["maps"][name][0]
+        cells = before.shape[1] * before.shape[2]
+        logits = self.head(fused)["cls_logits"][0, : cells * self.priors.per_cell[0]]
+        shown = {
+            "query map": before.mean(dim=0),
+            "enhanced map": fused[0][0].mean(dim=0),
+            "score": logits.softmax(dim=1)[:, 1].view(*before.shape[1:], -1).amax(dim=2),
+        }
+        if isinstance(fusion, SimilarityFusion):
+            keys = support.tensors[f"{name}.keys"][:1, support.tensors["is_shot"][0]]
+            looked_at = fusion.attention(described[name]["theta"], keys)[0]
+            # Supports are square.
+            side = math.isqrt(looked_at.shape[-1])
+            looked_at = looked_at.unflatten(2, (side, side)).unflatten(1, before.shape[1:])
+            shown["attention"] = looked_at.movedim(0, 2)
+        return shown
 
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
         """Pooled maps of the bottom-up on crops: pre-training, where there is any, has boxes of base classes."""

@@ -121,6 +121,25 @@ class SimilarityFusion(nn.Module):
         similar = self.dropout(self.out(F.relu(standardized(attended))))
         return torch.einsum("ps,psqc->pqc", weights, similar)
 
+    def attention(self, theta: Tensor, keys: Tensor) -> Tensor:
+        """The attention itself, which ``added`` never has in memory, for pictures: Tensor[P, S, H * W, h * w].
+
+        It sums to 1 over each support, or over all of them where attention is global.
+
+        Args:
+            theta (Tensor[P, H * W, D]), keys (Tensor[P, S, h * w, D]).
+        """
+        logits = theta[:, None] @ keys.transpose(2, 3) / theta.shape[-1] ** 0.5
+        if not self.is_global:
+            return logits.softmax(dim=-1)
+        return (
+            logits.movedim(1, 2)
+            .flatten(2)
+            .softmax(dim=-1)
+            .unflatten(2, keys.shape[1:3])
+            .movedim(2, 1)
+        )
+
 
 def standardized(tokens: Tensor) -> Tensor:
     """Tokens without mean and by their unbiased deviation, over the last axis (spec A3, 4)."""
@@ -131,16 +150,6 @@ def standardized(tokens: Tensor) -> Tensor:
 def uniform(is_shot: Tensor) -> Tensor:
     """Weights of a mean over the supports that are there, Tensor[K, S]."""
     return is_shot / is_shot.sum(dim=1, keepdim=True)
-
-
-def attention(theta: Tensor, keys: Tensor) -> Tensor:
-    """The attention itself, for pictures: Tensor[P, S, H * W, h * w], over the last axis it sums to 1.
-
-    Args:
-        theta (Tensor[P, H * W, D]), keys (Tensor[P, S, h * w, D]).
-    """
-    logits = theta[:, None] @ keys.transpose(2, 3) / theta.shape[-1] ** 0.5
-    return logits.softmax(dim=-1)
 
 
 def _tokens(maps: Tensor) -> Tensor:
