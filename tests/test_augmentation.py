@@ -21,6 +21,7 @@ from fewshot_d2.data.augmentation import (
 )
 from fewshot_d2.data.dataset_mapper import EpisodicDatasetMapper
 from fewshot_d2.data.episodes import Episode
+from fewshot_d2.data.superpixel_mapper import SuperpixelMapper
 
 FILL = (11.0, 22.4, 33.6)
 
@@ -200,6 +201,23 @@ def test_brightness_contrast_and_order():
         RandomColors(Always(chance), image_format="RGB").get_transform(image).apply_image(image)
     )
     assert result[0, 0].tolist() == [255, 198, 63]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
+def test_images_of_a_pixel_s_width(size):
+    rule = AugmentationRule(True, 4.0, CROP_OPTIONS, FILL)
+    for seed in range(30):
+        boxes = np.array([[0.0, 0, size[1], size[0]]])
+        source = T.AugInput(np.full((*size, 3), 99, np.uint8), boxes=boxes)
+        transform = source.apply_augmentations(rule.augmentations(np.random.default_rng(seed)))
+        assert min(source.image.shape) >= 1
+        assert centres_inside(boxes, transform, source.image.shape[:2]).all()
+
+
+def test_superpixels_are_of_whole_images():
+    cfg = tiny_config("FEWSHOT.AUGMENT.CROPS", ("random",))
+    with pytest.raises(ValueError, match="no crops and EXPAND 1 with the SuperpixelMapper"):
+        SuperpixelMapper(cfg, True)
 
 
 def test_bad_rules_are_refused():

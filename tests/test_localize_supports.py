@@ -186,12 +186,14 @@ def test_pictures_without_anything_in_common(size):
 
 
 def test_the_sign_is_that_of_the_middle():
-    """Bright on a dark ground and dark on a bright one."""
-    cells = torch.zeros(2, 8, 9)
-    cells[:, 3:5, 3:6] = 1
-    for maps in (cells, 5 - cells):
-        (found,) = common_maps([maps])
-        assert (found[3:5, 3:6] == 1).all() and found.sum() == 6
+    """An object of one direction on a ground of another, either way round; lengths do not matter."""
+    cells = torch.zeros(8, 9)
+    cells[3:5, 3:6] = 1
+    for first, second in ((cells, 1 - cells), (1 - cells, 7 * cells)):
+        (found,) = common_maps([torch.stack([first, second])])
+        torch.testing.assert_close(found, cells)
+    (found,) = common_maps([torch.stack([5 - cells, 5 - cells])])
+    assert not found.any()
 
 
 def test_the_largest_region_wins():

@@ -77,8 +77,8 @@ def load_instances_json(
     Returns:
         One dict an image, also of those without annotations: ``file_name, height, width,
         image_id, annotations``; an annotation has ``id, bbox`` (XYWH, absolute pixels),
-        ``bbox_mode, category_id`` (contiguous), ``iscrowd`` and, if usable, ``segmentation`` and
-        ``area`` (pixels); ``difficult`` = 1 (VOC) where the file has it.
+        ``bbox_mode, category_id`` (contiguous), ``iscrowd``, ``difficult`` if it is (VOC) and, if usable,
+        ``segmentation`` and ``area`` (pixels).
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -102,7 +102,8 @@ class EpisodicDatasetMapper:
         record = episode.query
         pixels = read_image(record, self.image_format)
         flip = self.flips(episode)
-        pixels, transform = self._transformed(episode, pixels, flip)
+        transform = self.query_transform(episode, pixels, flip=flip)
+        pixels = transform.apply_image(pixels)
         result = {
             "file_name": record["file_name"],
             "image_id": record["image_id"],
@@ -119,18 +120,16 @@ class EpisodicDatasetMapper:
             result["weights"] = list(episode.weights)
         return result
 
-    def _transformed(
-        self, episode: Episode, pixels: np.ndarray, flip: bool
-    ) -> tuple[np.ndarray, T.Transform]:
-        """The query's network image (H, W, 3) and how it came about."""
+    def query_transform(
+        self, episode: Episode, pixels: np.ndarray, *, flip: bool
+    ) -> T.TransformList:
+        """Augment, flip and resize."""
         boxes = self._boxes(episode) if self.augment.moves_pixels else None
         augmented = T.AugInput(pixels, boxes=boxes)
         rng = np.random.default_rng((*episode.key, 3))
         transform = augmented.apply_augmentations(self.augment.augmentations(rng))
-        pixels = augmented.image
-        rest = [T.HFlipTransform(pixels.shape[1])] if flip else []
-        rest = T.TransformList([*rest, self.resize.get_transform(pixels)])
-        return rest.apply_image(pixels), transform + rest
+        flips = [T.HFlipTransform(augmented.image.shape[1])] if flip else []
+        return transform + T.TransformList([*flips, self.resize.get_transform(augmented.image)])
 
     def flips(self, episode: Episode) -> bool:
         """Whether an episode's query and supports are flipped."""
@@ -140,7 +139,7 @@ class EpisodicDatasetMapper:
         self, episode: Episode, transform: T.Transform, image_size: tuple[int, int]
     ) -> Instances:
         local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
-        wanted = _annotations(episode)
+        wanted = self.searched_annotations(episode)
         if self.augment.moves_pixels:
             inside = centres_inside(self._boxes(episode), transform, image_size)
             wanted = [a for a, is_inside in zip(wanted, inside, strict=True) if is_inside]
@@ -169,11 +168,20 @@ class EpisodicDatasetMapper:
         )
         return detection_utils.filter_empty_instances(instances)
 
+    def searched_annotations(self, episode: Episode) -> list[dict[str, Any]]:
+        """The query's annotations of the episode's classes, without crowds."""
+        searched = set(episode.contiguous_ids)
+        return [
+            a
+            for a in episode.query.get("annotations", ())
+            if a["category_id"] in searched and not a.get("iscrowd", 0)
+        ]
+
     def _boxes(self, episode: Episode) -> np.ndarray:
         """XYXY of the episode's instances in the query, float64[N, 4], original pixels."""
         boxes = [
             BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-            for a in _annotations(episode)
+            for a in self.searched_annotations(episode)
         ]
         return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
@@ -208,16 +216,6 @@ class EpisodicDatasetMapper:
             if len(rows):
                 return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
         return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-
-
-def _annotations(episode: Episode) -> list[dict]:
-    """The query's annotations of the episode's classes, without crowds."""
-    wanted = set(episode.contiguous_ids)
-    return [
-        a
-        for a in episode.query.get("annotations", ())
-        if a["category_id"] in wanted and not a.get("iscrowd", 0)
-    ]
 
 
 def _as_rle(segmentation: list | dict, record: dict) -> dict:

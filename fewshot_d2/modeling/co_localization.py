@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Coarser maps tell objects from their surroundings better, up to where they have too few cells.
 _LARGEST_STRIDE = 16
+# Vectors of length 1 that differ less are equal but for rounding.
+_LEAST_DIFFERENCE = 1e-4
 
 
 def first_component(
@@ -51,7 +53,8 @@ def enlarged(cells: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
 def common_maps(maps: Sequence[Tensor]) -> list[Tensor]:
     """How much each cell belongs to what the images have in common; of one image, to what stands out in it.
 
-    The component has no sign of its own: at the images' borders there must be less of it than elsewhere.
+    Cells are compared by the direction of their vectors alone. The component has no sign of its own: at the images'
+    borders there must be less of it than elsewhere.
 
     Args:
         maps (Tensor[C, H, W] each): of one layer, without padding; sizes may differ.
@@ -59,6 +62,8 @@ def common_maps(maps: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Tensor[H, W] each: the largest of all is 1, what is not common is 0.
     """
+    # Of unit length: otherwise a few strong cells, at borders and on textures, are most of the variance.
+    maps = [F.normalize(m, dim=0) for m in maps]
     points = torch.cat([m.flatten(1).T for m in maps])
     component = first_component(points)
     offset = points.mean(dim=0) @ component
@@ -68,7 +73,9 @@ def common_maps(maps: Sequence[Tensor]) -> list[Tensor]:
         projected = [-p for p in projected]
     projected = [p.clamp(min=0) for p in projected]
     peak = max(p.max() for p in projected)
-    return [p / peak for p in projected] if peak > 0 else projected
+    if peak < _LEAST_DIFFERENCE:
+        return [torch.zeros_like(p) for p in projected]
+    return [p / peak for p in projected]
 
 
 def _is_border(cells: Tensor) -> Tensor:
