@@ -5,6 +5,7 @@ Importing the package registers its systems, mappers, backbones and data sets in
 
 from . import data, modeling, retrieval, systems
 from .config import add_fewshot_config, load_config
+from .inference.localization import localize_supports
 from .predictor import FewShotPredictor
 from .structures import Support, SupportFeatures, SupportSet
 
@@ -17,6 +18,7 @@ __all__ = [
     "add_fewshot_config",
     "data",
     "load_config",
+    "localize_supports",
     "modeling",
     "retrieval",
     "systems",

@@ -2,15 +2,15 @@
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
-from .files import write_tensors, write_text
+from .files import dataset_path, write_tensors, write_text
 from .pickles import load_arrays
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,34 @@ class FewShotCheckpointer(DetectionCheckpointer):
         if "system" in content:
             _check_shapes(filename, content["model"], self.model)
         return content
+
+
+def load_weights(
+    model: nn.Module,
+    path: str,
+    convert: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
+    | None = None,
+) -> None:
+    """Load a local state dict of a part of a detector exactly; an empty path leaves the random initialisation.
+
+    A relative path is below DETECTRON2_DATASETS.
+
+    Args:
+        convert: makes a state dict of the model of that of the file and the model's own.
+
+    Raises:
+        ValueError: missing file or keys that do not fit; names the file.
+    """
+    if not path:
+        return
+    if not dataset_path(path).is_file():
+        raise ValueError(f"backbone weights must be a local file, got {dataset_path(path)}")
+    state = torch.load(dataset_path(path), map_location="cpu", weights_only=True)
+    try:
+        state = state.get("model", state)
+        model.load_state_dict(state if convert is None else convert(state, model.state_dict()))
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must fit {type(model).__name__}, got: {error}") from error
 
 
 def _read(filename: str) -> Any:

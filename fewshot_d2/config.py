@@ -9,6 +9,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from .classification_config import add_classification_config
+from .data.config import add_data_config, check_data_config
 from .patch_config import add_patch_config, check_patch_config
 from .support_augmentation import SupportAugmentation
 from .transforms import RESIZE_RULES
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("present", "open", "single_target", "episodes")
 REGION_SOURCES = ("salient", "proposals", "detections")
-TRAINED_ON = ("episodes", "base_images", "rank_lists")
+TRAINED_ON = ("episodes", "tuples", "base_images", "rank_lists")
+SUPPORT_UNITS = ("boxes", "images")
 
 
 def add_fewshot_config(cfg: CN) -> None:
@@ -30,6 +32,7 @@ def add_fewshot_config(cfg: CN) -> None:
     _add_retrieval(cfg.FEWSHOT)
     _add_support(cfg.FEWSHOT)
     add_patch_config(cfg.FEWSHOT)
+    add_data_config(cfg.FEWSHOT)
     _add_pretraining(cfg.FEWSHOT)
     _add_evaluation(cfg.FEWSHOT)
     _add_benchmark(cfg.FEWSHOT)
@@ -68,6 +71,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.TEST.SIDES", test.SIDES, ("novel", "base", "all")),
         ("FEWSHOT.TEST.BASELINES", test.BASELINES, ("gt_shift", "detection_shift")),
         ("FEWSHOT.TEST.PROTOCOL", (test.PROTOCOL,), PROTOCOLS),
+        ("FEWSHOT.BENCHMARK.SUPPORTS", (cfg.FEWSHOT.BENCHMARK.SUPPORTS,), SUPPORT_UNITS),
         ("FEWSHOT.RETRIEVAL.REGIONS", (cfg.FEWSHOT.RETRIEVAL.REGIONS,), REGION_SOURCES),
         ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), TRAINED_ON),
         ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
@@ -84,6 +88,7 @@ def check_config(cfg: CN) -> None:
             raise ValueError(f"{key} must be of {allowed}, got {wrong[0]!r}")
     SupportAugmentation.from_cfg(cfg)
     check_patch_config(cfg.FEWSHOT)
+    check_data_config(cfg)
     pretrain = cfg.FEWSHOT.PRETRAIN
     for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
         if pretrain[key] < least:
@@ -100,9 +105,10 @@ def _add_episodes(node: CN) -> None:
     # Data sets of one's own, each [name, json file, image folder]; relative paths are below
     # DETECTRON2_DATASETS. COCO and LVIS layouts; the names then go into DATASETS.TRAIN / TEST.
     node.REGISTER = []
-    # Which classes are novel: "all" (none), "every_4th:i", "novel:dog,cat,17" or "file:split.json".
+    # Which classes are novel: "all" (none), "every_4th:i", "part:i/n", "novel:dog,cat,17" or "file:split.json".
     node.SPLIT = "all"
-    # "episodes"; "base_images": the base classes as a closed set, without supports (RepMet), then
+    # "episodes"; "tuples": NUM_SHOTS images and a query of one class (SILCO).
+    # "base_images": the base classes as a closed set, without supports (RepMet), then
     # MODEL.ROI_HEADS.NUM_CLASSES is their number, and an epoch has IMAGES_PER_CLASS (0 = all images); "rank_lists":
     # what a search found for queries (SPIL), see SELF_PACED.
     node.TRAIN_ON = "episodes"
@@ -125,7 +131,7 @@ def _add_episodes(node: CN) -> None:
     node.SUPERPIXELS.SIGMA = 0.5
     node.SUPERPIXELS.MIN_SIZE = 50
     # "paper": long side to INPUT.MAX_SIZE_*; "code": the original's min/max rule, which never shrinks to the minimum;
-    # "shortest_edge": detectron2's. Queries and supports.
+    # "shortest_edge": detectron2's; "stretch": both sides to INPUT.MAX_SIZE_*. Queries and supports.
     node.RESIZE_RULE = "paper"
     # (query, class) pairs that go through the heads at once in inference: bounds the memory.
     node.PAIRS_PER_CHUNK = 4
@@ -192,7 +198,8 @@ def _add_support(node: CN) -> None:
     node.SUPPORT.DATASET_TRAIN = ""
     # One a name in DATASETS.TEST, or empty for all.
     node.SUPPORT.DATASETS_TEST = ()
-    # "crop": the mapper cuts the example out; "image": whole image with its box.
+    # "crop": the mapper cuts the example out; "image": whole image with its box; "whole": without any box, resized as
+    # a query and not flipped with it (SILCO).
     node.SUPPORT.FORM = "crop"
     # Side of the support canvas in pixels, and the short side of the rules that have a minimum.
     node.SUPPORT.SIZE = 192
@@ -260,6 +267,10 @@ def _add_benchmark(node: CN) -> None:
     node.BENCHMARK.EPISODES = 500
     # The original's.
     node.BENCHMARK.SEED = 9001
+    # Shots are "boxes" (RepMet), or "images" in tuples: WAYS and QUERIES_PER_CLASS are 1 (SILCO).
+    node.BENCHMARK.SUPPORTS = "boxes"
+    # Boxes are compared in whole pixels of a square of this side (SILCO: 300); 0 = in pixels of the query.
+    node.BENCHMARK.SQUARE = 0
     # Described queries that are kept for later episodes: bounds the memory. Of the order of 8 MB each for a large
     # model with 2000 proposals.
     node.BENCHMARK.KEPT_QUERIES = 1000

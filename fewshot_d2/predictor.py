@@ -20,6 +20,7 @@ from .config import load_config
 from .decoding import read_rgb
 from .inference.feature_store import load_features, model_sha256, save_keeping_features
 from .inference.pipeline import mapped_ahead
+from .modeling.co_localization import common_boxes
 from .structures import SupportFeatures, SupportSet
 from .support_augmentation import SupportAugmentation
 from .transforms import ResizeByRule
@@ -221,6 +222,20 @@ class FewShotPredictor:
                     self._detect(batch)
                 yield from batch
 
+    def common_boxes(
+        self, images: Sequence[np.ndarray], threshold: float = 0.3
+    ) -> list[tuple[torch.Tensor, float] | None]:
+        """Where what all images have in common is in each, without any support; see ``modeling.co_localization``.
+
+        Args:
+            images: BGR uint8 (H, W, 3) each. threshold: share of the largest attention that a region has.
+        """
+        queries = [self._prepared(image, _read_bgr) for image in images]
+        for query in queries:
+            if query.error is not None:
+                raise query.error
+        return common_boxes(self.model, [_input(query) for query in queries], threshold=threshold)
+
     def _check_support(self) -> None:
         if self.support is None:
             raise RuntimeError("predict needs supports: call set_support(support_set) first")
@@ -236,21 +251,19 @@ class FewShotPredictor:
 
     def _detect(self, batch: list[Query]) -> None:
         """Fill in ``instances``."""
-        inputs = [
-            {
-                "image": query.tensor,
-                "height": query.image.shape[0],
-                "width": query.image.shape[1],
-                "support_features": self.support,
-            }
-            for query in batch
-        ]
+        inputs = [{**_input(query), "support_features": self.support} for query in batch]
         device_type = torch.device(self.cfg.MODEL.DEVICE).type
         mixed = torch.autocast(device_type, self.dtype, enabled=self.dtype is not None)
         with torch.no_grad(), mixed:
             outputs = self.model(inputs)
         for query, output in zip(batch, outputs, strict=True):
             query.instances = _in_full_precision(output["instances"].to("cpu"))
+
+
+def _input(query: Query) -> dict[str, Any]:
+    """A query dict without supports."""
+    height, width = query.image.shape[:2]
+    return {"image": query.tensor, "height": height, "width": width}
 
 
 def _checked_device(device: str) -> str:

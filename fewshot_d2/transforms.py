@@ -3,7 +3,7 @@
 Rules: ``paper`` (Siamese Mask R-CNN, spec section 2.3) scales the long side to the given size; ``code``, that of the
 original implementation, never shrinks except to fit the maximum and enlarges only until the short side reaches the
 minimum; ``shortest_edge``, detectron2's own, scales the short side to the minimum unless the long one then passes the
-maximum.
+maximum; ``stretch`` makes both sides the maximum (SSD).
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .structures import Support
 
-RESIZE_RULES = ("paper", "code", "shortest_edge")
+RESIZE_RULES = ("paper", "code", "shortest_edge", "stretch")
 
 
 def resized_shape(
@@ -31,6 +31,8 @@ def resized_shape(
     long_side, short_side = max(height, width), min(height, width)
     if rule not in RESIZE_RULES:
         raise ValueError(f"resize rule must be one of {RESIZE_RULES}, got {rule!r}")
+    if rule == "stretch":
+        return max_size, max_size
     scale = max_size / long_side
     if rule != "paper":
         wanted = min_size / short_side

@@ -22,10 +22,11 @@ from torchvision.ops import box_iou
 from fewshot_d2 import Support, SupportSet, load_config
 from fewshot_d2.data.benchmark_plans import build_benchmark_plans
 from fewshot_d2.data.loaders import build_factory, build_mapper
-from fewshot_d2.engine.benchmark import _diagram, named_plans
+from fewshot_d2.engine.benchmark import named_plans
 from fewshot_d2.engine.episode_runner import EpisodeRunner, Outcome
 from fewshot_d2.engine.evaluate import evaluate
 from fewshot_d2.engine.finetune import FineTuning
+from fewshot_d2.evaluation.benchmark_page import shot_curves
 
 NAME = "benchmarked"
 TUNING = FineTuning("last_layer", 2, 0.01, 0.9, 1e-4)
@@ -293,15 +294,11 @@ def test_plans_with_one_name_are_refused(plan):
         named_plans([plan, dataclasses.replace(plan, seed=1)])
 
 
-def test_diagram_has_a_curve_for_each_number_of_ways(monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        "fewshot_d2.engine.benchmark.plot_by_shots", lambda curves, label: drawn.update(curves)
-    )
+def test_diagram_has_a_curve_for_each_number_of_ways():
     names = [f"a/novel/{ways}way-{n}shot" for ways in (2, 5) for n in (1, 10)]
     names.append("a/novel/5way-10shot/fine-tuned")
-    _diagram({name: {"AP": i, "AP_ci95": 0.1} for i, name in enumerate(names)})
-    assert drawn == {
+    results = {name: {"AP": i, "AP_ci95": 0.1} for i, name in enumerate(names)}
+    assert shot_curves(results, "AP") == {
         "a/novel/2way": {1: (0, 0.1), 10: (1, 0.1)},
         "a/novel/5way": {1: (2, 0.1), 10: (3, 0.1)},
         "a/novel/5way/fine-tuned": {10: (4, 0.1)},

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from factories import tiny_model
 
-from fewshot_d2.modeling.losses import check_reduction, rpn_normalizers
+from fewshot_d2.modeling.losses import check_reduction, hard_negatives, rpn_normalizers
 
 IMAGE = (64, 64)
 
@@ -119,3 +119,17 @@ def test_joint_proposals_compete_over_levels(rng):
         logits, deltas = [torch.tensor([[2.0]])] * 2, [torch.zeros(1, 1, 4)] * 2
         kept[joint] = len(rpn.predict_proposals(anchors, logits, deltas, [IMAGE])[0])
     assert kept == {False: 2, True: 1}
+
+
+def test_hard_negatives_equal_a_loop(rng):
+    losses = torch.rand(5, 12, generator=rng)
+    positive = torch.zeros(5, 12, dtype=torch.bool)
+    # None, one, three, so many that no more negatives are left, and all.
+    for row, number in enumerate((0, 1, 3, 5, 12)):
+        positive[row, torch.randperm(12, generator=rng)[:number]] = True
+    chosen = hard_negatives(losses, positive, 3)
+    for row in range(5):
+        negatives = [a for a in range(12) if not positive[row, a]]
+        negatives.sort(key=lambda a: -losses[row, a].item())
+        expected = negatives[: 3 * int(positive[row].sum())]
+        assert chosen[row].nonzero()[:, 0].tolist() == sorted(expected)

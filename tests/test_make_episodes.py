@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fewshot_d2.data.benchmark_plans import BenchmarkPlan
 from fewshot_d2.data.plans import EvaluationPlan
+from fewshot_d2.data.tuple_plans import TuplePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +52,23 @@ def test_tool_writes_and_names_one_plan_a_run(own_json, tmp_path, capsys):
         assert f"sha256 {plan.sha256}" in line
         assert line.endswith(f"{len(plan.episodes)} episodes, {plan.num_pairs} pairs")
     assert len(list(output.iterdir())) == 3
+
+
+def test_tool_writes_tuples_that_differ_in_their_shots_alone(own_json, tmp_path, capsys):
+    options = ["--side", "all", "--tuples", 6, "--shots", 1, 2, "--min-area", 0.1]
+    run_tool(*own_json, *options, "--output", tmp_path / "plans")
+    lines = capsys.readouterr().out.splitlines()
+    one, two = (TuplePlan.load(line.split("  ")[0]) for line in lines)
+    assert (one.shots, two.shots, one.max_shots, one.seed) == (1, 2, 2, 9001)
+    assert one.ground_truth == "area at least 0.1" and len(one.episodes) == 6
+    for few, more in zip(one.episodes, two.episodes, strict=True):
+        assert few.query_image_ids == more.query_image_ids
+        assert few.supports[0] == more.supports[0][:1]
+    with pytest.raises(SystemExit, match="must have a class with 20 support images"):
+        run_tool(*own_json[:2], "--side", "all", "--tuples", 6, "--shots", 20, "--output", tmp_path)
+    with pytest.raises(SystemExit):
+        run_tool(*own_json[:2], "--tuples", 6, "--ways", 2, "--output", tmp_path)
+    assert "--tuples are of one class" in capsys.readouterr().err
 
 
 def test_tool_fixes_the_supports_of_a_plan(own_json, tmp_path, capsys):

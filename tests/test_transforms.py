@@ -49,6 +49,7 @@ def test_shortest_edge_is_detectron2s(height, width):
 
 
 def test_thin_images_keep_a_pixel_and_unknown_rules_fail():
+    assert resized_shape(1, 5000, max_size=64, min_size=1, rule="stretch") == (64, 64)
     assert resized_shape(1, 5000, max_size=64, min_size=1, rule="paper") == (1, 64)
     with pytest.raises(ValueError, match="'papr'"):
         resized_shape(1, 1, max_size=1, min_size=1, rule="papr")

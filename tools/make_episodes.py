@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write evaluation plans, one a run, or with --ways benchmark plans, one a number of shots; prints their SHA-256.
+"""Write evaluation plans, one a run, or with --ways or --tuples benchmark plans, one a number of shots, with SHA-256.
 
 Examples::
 
@@ -8,6 +8,8 @@ Examples::
     python tools/make_episodes.py --config-file own.yaml --dataset own_test --support-dataset own_train \
         --fixed-supports --protocol open --shots 10 --runs 1 --split every_4th:1 --output plans
     python tools/make_episodes.py ... --ways 5 --shots 1 5 10 --queries-per-class 10 --episodes 500 --output plans
+    python tools/make_episodes.py --dataset cl_voc07_test --split part:1/2 --no-difficult --min-area 0.001 \
+        --max-boxes 30 --tuples 5000 --shots 1 3 5 7 9 --output plans
 """
 
 import argparse
@@ -20,9 +22,11 @@ from detectron2.data import DatasetCatalog
 from fewshot_d2 import load_config
 from fewshot_d2.data.benchmark_plans import BenchmarkPlan, build_benchmark_plans
 from fewshot_d2.data.coco_json import register_instances
+from fewshot_d2.data.ground_truth import GroundTruthFilter
 from fewshot_d2.data.loaders import build_plans, register_from_config
 from fewshot_d2.data.plans import PROTOCOLS, EvaluationPlan
 from fewshot_d2.data.splits import SIDES
+from fewshot_d2.data.tuple_plans import TuplePlan, build_tuple_plans
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,14 +56,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", type=int, help="classes an episode: write benchmark plans")
     parser.add_argument("--queries-per-class", type=int, default=10, help="with --ways")
     parser.add_argument("--episodes", type=int, default=500, help="with --ways")
+    parser.add_argument(
+        "--tuples", type=int, help="write plans of so many tuples: a class, images of it, a query"
+    )
+    parser.add_argument("--no-difficult", action="store_true", help="with --tuples")
+    parser.add_argument("--min-area", type=float, default=0.0, help="of the image; with --tuples")
+    parser.add_argument("--max-boxes", type=int, default=0, help="of a class; with --tuples")
     parser.add_argument("--output", type=Path, required=True, help="folder of the plans")
     args = parser.parse_args(argv)
     if (args.json is None) != (args.images is None):
         parser.error("--json and --images must be given together")
     if args.ways is not None and args.fixed_supports:
         parser.error("--fixed-supports is for plans without --ways, whose episodes are draws")
+    if args.tuples is not None and (args.ways is not None or args.fixed_supports):
+        parser.error("--tuples are of one class: --ways and --fixed-supports must be left out")
     if args.seed is None:
-        args.seed = 0 if args.ways is None else 9001
+        args.seed = 0 if args.ways is None and args.tuples is None else 9001
     if args.runs < 1:
         parser.error(f"--runs must be at least 1, got {args.runs}")
     return args
@@ -77,7 +89,10 @@ def write_plans(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"data set must be registered, got {name!r} (see --json, --config-file)"
             )
-    plans = _evaluation_plans(args) if args.ways is None else _benchmark_plans(args)
+    if args.tuples is not None:
+        plans = _tuple_plans(args)
+    else:
+        plans = _evaluation_plans(args) if args.ways is None else _benchmark_plans(args)
     if not plans:
         raise ValueError(f"--split {args.split} must have {args.side} classes, got none")
     for plan in plans:
@@ -111,6 +126,15 @@ def _benchmark_plans(args: argparse.Namespace) -> list[BenchmarkPlan]:
         shots=args.shots,
         queries_per_class=args.queries_per_class,
         num_episodes=args.episodes,
+    )
+
+
+def _tuple_plans(args: argparse.Namespace) -> list[TuplePlan]:
+    return build_tuple_plans(
+        **_source(args),
+        shots=args.shots,
+        num_episodes=args.tuples,
+        ground_truth=GroundTruthFilter(not args.no_difficult, args.min_area, args.max_boxes),
     )
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from ..decoding import printable
 from ..files import atomic_path
 from ..inference.feature_store import save_keeping_features
+from ..inference.localization import METHODS, localize_supports, rows_of
 from ..inference.support_editing import (
     SPECIFICATION,
     merged,
@@ -49,6 +50,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     action.add_argument("parts", nargs="+", metavar="PART")
     action = _action(actions, "inspect", "list the examples", inspect)
     action.add_argument("--sheet", metavar="PNG", help="write a contact sheet")
+    action = _action(actions, "localize", "boxes for examples that are whole images", localize)
+    action.add_argument("--output", metavar="FILE", help="new file; default: change FILE")
+    action.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="found by the other examples of a class (SILCO), or what all its images have in common",
+    )
+    action.add_argument(
+        "--min-score", type=float, default=0.0, help="what scores less is not found"
+    )
+    add_model_arguments(action)
     action = _action(actions, "encode", "keep a model's features in the file", encode)
     add_model_arguments(action)
 
@@ -110,6 +123,19 @@ def inspect(args: argparse.Namespace) -> int:
             Image.fromarray(contact_sheet(support_set)).save(temporary, "PNG")
         print(f"contact sheet: {args.sheet}")
     return 0
+
+
+def localize(args: argparse.Namespace) -> int:
+    """Find whole-image examples in their images; 1 = some were not found and are as they were."""
+    if args.output:
+        _check_new(args.output)
+    support_set = SupportSet.load(args.file)
+    support_set, done = localize_supports(
+        build_predictor(args), support_set, method=args.method, min_score=args.min_score
+    )
+    save_keeping_features(args.output or args.file, support_set)
+    print(table(rows_of(done), ["class", "example", "x,y,w,h", "score"]))
+    return int(any(shot.box is None for shot in done))
 
 
 def encode(args: argparse.Namespace) -> int:

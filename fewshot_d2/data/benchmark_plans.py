@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .ground_truth import KEEP_ALL, GroundTruthFilter
 from .index import InstanceIndex
 from .loaders import plan_sources
 from .plan_files import PlanFile
@@ -163,15 +164,21 @@ def build_benchmark_plans(
     split: str,
     sides: Iterable[str],
     shots: Sequence[int],
+    ground_truth: GroundTruthFilter = KEEP_ALL,
     **options: Any,
 ) -> list[BenchmarkPlan]:
     """Plans of registered data sets, one for each side with classes and number of shots; indexed once.
 
     Args:
-        shots: the largest of them is the ``max_shots`` of all. Others: as of ``make_benchmark_plan``.
+        shots: the largest of them is the ``max_shots`` of all. ground_truth: what counts. Others: as of
+            ``make_benchmark_plan``.
     """
     sources = plan_sources(
-        dataset=dataset, support_dataset=support_dataset, split=split, sides=sides
+        dataset=dataset,
+        support_dataset=support_dataset,
+        split=split,
+        sides=sides,
+        ground_truth=ground_truth,
     )
     return [
         make_benchmark_plan(**source, shots=number, max_shots=max(shots), **options)

@@ -15,15 +15,16 @@ from pycocotools import mask as coco_mask
 from ..structures import Support, SupportSet
 from ..support_augmentation import SupportAugmentation, mirrored
 from ..transforms import ResizeByRule, SupportCrop
+from .augmentation import NOTHING, AugmentationRule, centres_inside
 from .episodes import Episode
 
 EPISODIC_MAPPER_REGISTRY = Registry("EPISODIC_MAPPER")
 EPISODIC_MAPPER_REGISTRY.__doc__ = """
 Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``. Pre-training also
-calls ``support(record, annotation)`` and ``support_crop``.
+calls ``boxed(record, annotation)`` and ``support_crop``.
 """
 
-_SUPPORT_FORMS = ("crop", "image")
+_SUPPORT_FORMS = ("crop", "image", "whole")
 _SUPPORT_BOXES = ("annotation", "mask")
 
 
@@ -31,9 +32,9 @@ _SUPPORT_BOXES = ("annotation", "mask")
 class EpisodicDatasetMapper:
     """The default mapper.
 
-    1. Read the query, flip (training, by key) and resize it.
+    1. Read the query, augment it, flip it (training, by key) and resize it.
     2. Keep the annotations of the episode's classes as ``instances`` with episode-local classes.
-    3. Read the supports and crop them or attach their boxes.
+    3. Read the supports and crop them, attach their boxes or leave them without.
 
     Everything random comes from the episode's key, nothing from a worker's state.
     """
@@ -50,7 +51,8 @@ class EpisodicDatasetMapper:
         support_box: str,
         with_masks: bool,
         flip_probability: float,
-        augmentation: SupportAugmentation | None = None,
+        support_augmentation: SupportAugmentation | None = None,
+        query_augmentation: AugmentationRule = NOTHING,
     ):
         """Store the parts.
 
@@ -58,10 +60,11 @@ class EpisodicDatasetMapper:
             is_train: whether ``instances`` are wanted and flips allowed.
             image_format: channel order of the query, "BGR" or "RGB". Supports are always RGB.
             resize: rule of the query. support_crop: rule of the supports if ``support_form`` is "crop".
-            support_form: "crop" or "image". support_box: "annotation" or "mask".
+            support_form: "crop", "image" or "whole". support_box: "annotation" or "mask".
             with_masks: whether instances get ``gt_masks``.
-            flip_probability: of a horizontal flip of query and supports together, in training.
-            augmentation: of supports in testing; None = none.
+            flip_probability: of a horizontal flip of query and supports together, in training; supports of the form
+                "whole" are not flipped.
+            support_augmentation: of supports in testing; None = none. query_augmentation: of the query in training.
         """
         if support_form not in _SUPPORT_FORMS or support_box not in _SUPPORT_BOXES:
             raise ValueError(
@@ -75,7 +78,10 @@ class EpisodicDatasetMapper:
         self.support_form, self.support_box = support_form, support_box
         self.with_masks = with_masks
         self.flip_probability = flip_probability if is_train else 0.0
-        self.augmentation = augmentation if augmentation and not is_train else SupportAugmentation()
+        self.support_augmentation = SupportAugmentation()
+        if support_augmentation and not is_train:
+            self.support_augmentation = support_augmentation
+        self.query_augmentation = query_augmentation if is_train else NOTHING
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool) -> dict[str, Any]:
@@ -88,8 +94,9 @@ class EpisodicDatasetMapper:
             "support_form": cfg.FEWSHOT.SUPPORT.FORM,
             "support_box": cfg.FEWSHOT.SUPPORT.BOX,
             "with_masks": cfg.MODEL.MASK_ON,
-            "augmentation": SupportAugmentation.from_cfg(cfg),
+            "support_augmentation": SupportAugmentation.from_cfg(cfg),
             "flip_probability": 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+            "query_augmentation": AugmentationRule.from_cfg(cfg),
         }
 
     def __call__(self, episode: Episode) -> dict[str, Any]:
@@ -122,9 +129,14 @@ class EpisodicDatasetMapper:
     def query_transform(
         self, episode: Episode, pixels: np.ndarray, *, flip: bool
     ) -> tuple[T.TransformList, Any]:
-        """Flip and resize; and the window that is cut out (None: the whole image)."""
-        flips = [T.HFlipTransform(pixels.shape[1])] if flip else []
-        return T.TransformList([*flips, self.resize.get_transform(pixels)]), None
+        """Augment, flip and resize; and the window that is cut out (None: the whole image)."""
+        moves = self.query_augmentation.moves_pixels
+        augmented = T.AugInput(pixels, boxes=self._boxes(episode) if moves else None)
+        rng = np.random.default_rng((*episode.key, 3))
+        transform = augmented.apply_augmentations(self.query_augmentation.augmentations(rng))
+        flips = [T.HFlipTransform(augmented.image.shape[1])] if flip else []
+        resize = self.resize.get_transform(augmented.image)
+        return transform + T.TransformList([*flips, resize]), None
 
     def flips(self, episode: Episode) -> bool:
         """Whether an episode's query and supports are flipped."""
@@ -138,6 +150,10 @@ class EpisodicDatasetMapper:
         window: Any = None,
     ) -> Instances:
         local_class = {c: k for k, c in enumerate(episode.contiguous_ids)}
+        wanted = self.searched_annotations(episode)
+        if self.query_augmentation.moves_pixels:
+            inside = centres_inside(self._boxes(episode), transform, image_size)
+            wanted = [a for a, is_inside in zip(wanted, inside, strict=True) if is_inside]
         annotations = [
             {
                 **a,
@@ -146,12 +162,15 @@ class EpisodicDatasetMapper:
                 # detectron2 transforms in the box's own type, and would round integers down.
                 "bbox": [float(value) for value in a["bbox"]],
             }
-            for a in self.searched_annotations(episode)
+            for a in wanted
         ]
         difficult = [bool(a.get("difficult", 0)) for a in annotations]
-        if not self.with_masks:
-            for annotation in annotations:
+        for annotation in annotations:
+            if not self.with_masks:
                 del annotation["segmentation"]
+            elif self.query_augmentation.crops:
+                # Polygons could not be cropped.
+                annotation["segmentation"] = _as_rle(annotation["segmentation"], episode.query)
         annotations = [
             detection_utils.transform_instance_annotations(a, transform, image_size)
             for a in annotations
@@ -172,24 +191,39 @@ class EpisodicDatasetMapper:
             if a["category_id"] in searched and not a.get("iscrowd", 0)
         ]
 
+    def _boxes(self, episode: Episode) -> np.ndarray:
+        """XYXY of the episode's instances in the query, float64[N, 4], original pixels."""
+        boxes = [
+            BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+            for a in self.searched_annotations(episode)
+        ]
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
     def support_set(self, episode: Episode, *, flip: bool = False) -> SupportSet:
         """Read, crop and perhaps flip the supports of an episode; in testing with the augmented ones."""
         examples = [
             [self.support(record, annotation, flip=flip) for record, annotation in shots]
             for shots in episode.supports
         ]
-        return self.augmentation(
+        return self.support_augmentation(
             SupportSet(list(episode.class_ids), list(episode.class_names), examples)
         )
 
     def support(self, record: dict, annotation: dict, *, flip: bool = False) -> Support:
-        """Read, crop and perhaps flip one example."""
-        image = _to_tensor(read_image(record, "RGB"))
-        box = self._example_box(record, annotation)
-        support = Support(image=image, box=torch.tensor(box, dtype=torch.float32))
+        """Read, crop or resize and perhaps flip one example."""
+        if self.support_form == "whole":
+            pixels = read_image(record, "RGB")
+            return Support(_to_tensor(self.resize.get_transform(pixels).apply_image(pixels)))
+        support = self.boxed(record, annotation)
         if self.support_form == "crop":
             support = self.support_crop(support)
         return mirrored(support) if flip else support
+
+    def boxed(self, record: dict, annotation: dict) -> Support:
+        """Read one example: its whole image and its box."""
+        image = _to_tensor(read_image(record, "RGB"))
+        box = self._example_box(record, annotation)
+        return Support(image=image, box=torch.tensor(box, dtype=torch.float32))
 
     def _example_box(self, record: dict, annotation: dict) -> Sequence[float]:
         if self.support_box == "mask" and annotation.get("segmentation") is not None:
@@ -198,6 +232,11 @@ class EpisodicDatasetMapper:
             if len(rows):
                 return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
         return BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+
+
+def _as_rle(segmentation: list | dict, record: dict) -> dict:
+    mask = decode_mask(segmentation, record["height"], record["width"])
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
 def read_image(record: dict, image_format: str) -> np.ndarray:

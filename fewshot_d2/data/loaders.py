@@ -19,6 +19,7 @@ from ..structures import SupportFeatures
 from .coco_json import dataset_categories, register_instances
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
+from .ground_truth import KEEP_ALL, GroundTruthFilter
 from .images import TrainingImages
 from .index import InstanceIndex
 from .patch_pool import MinedEpisodes
@@ -28,6 +29,7 @@ from .pseudo_labels import PseudoLabels
 from .rank_lists import RankLists
 from .sample_pool import SamplePool
 from .splits import classes_of_side, restrict_to_classes, split_of
+from .tuples import TrainingTuples
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,16 @@ def register_from_config(cfg: CfgNode) -> None:
             register_instances(*row)
 
 
-def build_index(dataset: str, class_ids: Iterable[int] | None = None) -> InstanceIndex:
-    """Index a data set; with ``class_ids``, annotations of all other classes are *removed* first."""
-    dicts = DatasetCatalog.get(dataset)
+def build_index(
+    dataset: str,
+    class_ids: Iterable[int] | None = None,
+    ground_truth: GroundTruthFilter = KEEP_ALL,
+) -> InstanceIndex:
+    """Index a data set; with ``class_ids``, annotations of all other classes are *removed* first.
+
+    So are those that are no ``ground_truth``.
+    """
+    dicts = ground_truth(DatasetCatalog.get(dataset))
     contiguous = contiguous_ids(dataset)
     if class_ids is not None:
         dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids})
@@ -56,18 +65,21 @@ def contiguous_ids(dataset: str) -> dict[int, int]:
 
 
 def build_factory(
-    dataset: str, support_dataset: str, class_ids: Iterable[int] | None = None
+    dataset: str,
+    support_dataset: str,
+    class_ids: Iterable[int] | None = None,
+    ground_truth: GroundTruthFilter = KEEP_ALL,
 ) -> EpisodeFactory:
-    """Indices of queries and supports; one object where the two data sets are one.
+    """Indices of queries and supports (see ``build_index``); one object where the two data sets are one.
 
     Raises:
         ValueError: the two data sets do not share their category ids.
     """
-    query_index = build_index(dataset, class_ids)
+    query_index = build_index(dataset, class_ids, ground_truth)
     names = dataset_categories(dataset)
     support_index = query_index
     if support_dataset and support_dataset != dataset:
-        support_index = build_index(support_dataset, class_ids)
+        support_index = build_index(support_dataset, class_ids, ground_truth)
         unknown = set(support_index.class_ids) - set(names)
         if unknown:
             raise ValueError(
@@ -80,7 +92,12 @@ def build_factory(
 
 
 def plan_sources(
-    *, dataset: str, support_dataset: str, split: str, sides: Iterable[str]
+    *,
+    dataset: str,
+    support_dataset: str,
+    split: str,
+    sides: Iterable[str],
+    ground_truth: GroundTruthFilter = KEEP_ALL,
 ) -> list[dict[str, Any]]:
     """What plans of either kind are drawn from, as their makers' arguments: one dict a side, indexed once.
 
@@ -90,7 +107,7 @@ def plan_sources(
     for side, class_ids in classes.items():
         if not class_ids:
             logger.warning("Split %r of %s has no %s class to test", split, dataset, side)
-    factory = build_factory(dataset, support_dataset)
+    factory = build_factory(dataset, support_dataset, ground_truth=ground_truth)
     shared = {
         "query_index": factory.query_index,
         "support_index": factory.support_index,
@@ -125,7 +142,9 @@ def build_plans(
     return [make_plan(**source, run=run, **options) for source in sources for run in range(runs)]
 
 
-def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages | PoolEpisodes:
+def build_training_episodes(
+    cfg: CfgNode,
+) -> TrainingEpisodes | TrainingTuples | TrainingImages | PoolEpisodes:
     """What a config trains on. Novel classes are removed before anything is indexed."""
     register_from_config(cfg)
     if cfg.FEWSHOT.TRAIN_ON == "rank_lists":
@@ -136,13 +155,16 @@ def build_training_episodes(cfg: CfgNode) -> TrainingEpisodes | TrainingImages |
     if cfg.FEWSHOT.SPLIT != "all":
         _check_same_classes(dataset, cfg.DATASETS.TEST)
     base = split_of(dataset, cfg.FEWSHOT.SPLIT).base
-    factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base)
+    ground_truth = GroundTruthFilter.from_cfg(cfg)
+    factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base, ground_truth)
     mapper, seed = build_mapper(cfg, is_train=True), max(cfg.SEED, 0)
     if cfg.FEWSHOT.TRAIN_ON == "base_images":
         episodes = TrainingImages(
             factory, mapper, per_class=cfg.FEWSHOT.IMAGES_PER_CLASS, seed=seed
         )
         _check_num_classes(cfg, len(episodes.class_ids))
+    elif cfg.FEWSHOT.TRAIN_ON == "tuples":
+        episodes = TrainingTuples(factory, mapper, num_shots=cfg.FEWSHOT.NUM_SHOTS, seed=seed)
     else:
         kind, keys = TrainingEpisodes, {}
         if cfg.FEWSHOT.MINING.PERIOD:

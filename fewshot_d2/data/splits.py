@@ -14,7 +14,10 @@ from .coco_json import DatasetDict, dataset_categories
 
 SIDES = ("base", "novel", "all")
 
-_FORMS = '"all", "every_4th:1" to "every_4th:4", "novel:dog,cat,17" or "file:split.json"'
+_FORMS = (
+    '"all", "every_4th:1" to "every_4th:4", "part:1/2" or another part, "novel:dog,cat,17" or '
+    '"file:split.json"'
+)
 # The keys of a dataset dict that training needs. Others (say, panoptic files) could carry novel
 # labels.
 _IMAGE_KEYS = ("file_name", "height", "width", "image_id")
@@ -42,7 +45,8 @@ def resolve_split(spec: str, category_ids: Sequence[int], names: Sequence[str]) 
 
     Args:
         spec: "all" (every class is base); "every_4th:i", i = 1..4 (of the classes sorted by id,
-            novel are the i-th, the (i+4)-th, ...); "novel:dog,cat,17" (names or ids, names win);
+            novel are the i-th, the (i+4)-th, ...); "part:i/n", i = 1..n (sorted by id and cut into n parts, as
+            equal as can be, novel is the i-th); "novel:dog,cat,17" (names or ids, names win);
             "file:path.json", a file ``{"novel": [names or ids], "base": [optional]}``; without
             "base", all other classes are base.
         category_ids, names: all classes of the data set.
@@ -56,11 +60,21 @@ def resolve_split(spec: str, category_ids: Sequence[int], names: Sequence[str]) 
         return classes.split(novel=())
     if kind == "every_4th" and argument in ("1", "2", "3", "4"):
         return classes.split(novel=sorted(category_ids)[int(argument) - 1 :: 4])
+    if kind == "part":
+        return classes.split(novel=_part(sorted(category_ids), argument, spec))
     if kind == "novel" and argument:
         return classes.split(novel=classes.find(argument.split(","), f"split {spec!r}"))
     if kind == "file" and argument:
         return _read_split(Path(argument), classes)
     raise ValueError(f"split must be {_FORMS}, got {spec!r}")
+
+
+def _part(ascending: Sequence[int], argument: str, spec: str) -> Sequence[int]:
+    number, _, parts = argument.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ValueError(f"split must be {_FORMS}, got {spec!r}")
+    total, number, parts = len(ascending), int(number), int(parts)
+    return ascending[total * (number - 1) // parts : total * number // parts]
 
 
 def split_of(name: str, spec: str) -> ClassSplit:

@@ -16,8 +16,13 @@ class SuperpixelMapper(EpisodicDatasetMapper):
 
     @configurable
     def __init__(self, *, superpixels: SuperpixelCache, **kwargs: Any):
-        """Add to the mapper's arguments where superpixels are kept."""
+        """Add to the mapper's arguments where superpixels are kept, which is for whole images."""
         super().__init__(**kwargs)
+        if self.augment.moves_pixels:
+            raise ValueError(
+                "FEWSHOT.AUGMENT must have no crops and EXPAND 1 with the SuperpixelMapper, got "
+                f"{self.augment.crops} and {self.augment.expand}"
+            )
         self.superpixels = superpixels
 
     @classmethod

@@ -79,4 +79,4 @@ class SupportPairs(IterableDataset):
 
     def _crop(self, index: InstanceIndex, image_index: int, position: int) -> Support:
         mapper, record = self.episodes.mapper, index.dicts[image_index]
-        return mapper.support_crop(mapper.support(record, record["annotations"][position]))
+        return mapper.support_crop(mapper.boxed(record, record["annotations"][position]))

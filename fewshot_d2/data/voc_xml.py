@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 _MAX_BYTES = 8 << 20
@@ -52,6 +53,34 @@ def read_voc_xml(path: str | Path, *, first_pixel: int = 1) -> VocImage:
         return VocImage(int(_text(size, "height")), int(_text(size, "width")), objects)
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path} must be an annotation like those of VOC, got: {error}") from error
+
+
+def add_voc_image(
+    content: dict[str, list[dict[str, Any]]],
+    path: str | Path,
+    *,
+    file_name: str,
+    image_id: int,
+    class_ids: dict[str, int],
+    first_pixel: int = 1,
+) -> None:
+    """Append an annotation file to the lists of a COCO json; objects of other classes are left out.
+
+    Args:
+        content: with "images" and "annotations". path: the XML. file_name, image_id: of the image.
+        class_ids: {name: category id}. first_pixel: see ``read_voc_xml``.
+    """
+    image = read_voc_xml(path, first_pixel=first_pixel)
+    size = {"height": image.height, "width": image.width}
+    content["images"].append({"id": image_id, "file_name": file_name, **size})
+    for found in image.objects:
+        if found.name in class_ids:
+            x0, y0, x1, y1 = found.box
+            row = {"id": len(content["annotations"]) + 1, "image_id": image_id}
+            row |= {"category_id": class_ids[found.name], "bbox": [x0, y0, x1 - x0, y1 - y0]}
+            if found.difficult:
+                row["difficult"] = 1
+            content["annotations"].append(row)
 
 
 def _object(node: ElementTree.Element, first_pixel: int) -> VocObject:

@@ -2,7 +2,9 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,14 @@ from torch import nn
 
 from ..data.benchmark_plans import BenchmarkPlan, build_benchmark_plans
 from ..data.dataset_mapper import read_image
-from ..data.episodes import EpisodeFactory
+from ..data.ground_truth import GroundTruthFilter
 from ..data.loaders import build_factory, build_mapper
+from ..data.tuple_plans import TuplePlan, build_tuple_plans
+from ..evaluation.benchmark_page import write_benchmark_page
+from ..evaluation.report import ReportFacts
 from ..files import write_bytes
-from ..visualization import episode_panel, plot_by_shots
+from ..visualization import episode_panel
+from .episode_pictures import explanation_panels
 from .episode_runner import EpisodeRunner, Found
 from .finetune import FineTuning
 from .plans import checked_plan, save_plans, support_datasets, write_results
@@ -44,28 +50,44 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         raise ValueError(
             f"FEWSHOT.BENCHMARK.FINE_TUNE must be (False,) for {type(model).__name__}, got {node.FINE_TUNE}"
         )
-    mapper = build_mapper(cfg, is_train=False)
+    mapper, ground_truth = build_mapper(cfg, is_train=False), GroundTruthFilter.from_cfg(cfg)
 
     @lru_cache(maxsize=1)
     def runner_of(dataset: str, support_dataset: str) -> EpisodeRunner:
-        factory = build_factory(dataset, support_dataset)
-        return EpisodeRunner(model, factory, mapper, kept_queries=node.KEPT_QUERIES)
+        factory = build_factory(dataset, support_dataset, ground_truth=ground_truth)
+        return EpisodeRunner(
+            model, factory, mapper, kept_queries=node.KEPT_QUERIES, square=node.SQUARE
+        )
 
     results: dict[str, Any] = {}
+    start, plans = time.perf_counter(), named_plans(benchmark_plans(cfg))
     with inference_context(model):
-        for plan, plan_name in named_plans(benchmark_plans(cfg)):
+        for plan, plan_name in plans:
             runner = runner_of(plan.dataset, plan.support_dataset)
             plan.check(runner.factory.query_index, runner.factory.support_index, plan.dataset)
             for is_tuned in node.FINE_TUNE:
                 name = f"{plan_name}/fine-tuned" if is_tuned else plan_name
                 logger.info("%s, %d episodes, SHA-256 %s", name, len(plan.episodes), plan.sha256)
-                show = _painter(output / "pictures" / name, runner.factory, node.PICTURES)
+                show = _painter(output / "pictures" / name, runner, node.PICTURES)
                 outcome = runner.run(plan, FineTuning.from_cfg(cfg) if is_tuned else None, show)
                 if comm.is_main_process():
                     results[name] = outcome.metrics()
                     write_results(cfg, results)
     if comm.is_main_process():
-        write_bytes(output / "benchmark.png", _diagram(results))
+        facts = ReportFacts(
+            command=" ".join(sys.argv),
+            config=cfg.dump(),
+            seeds={"SEED": cfg.SEED, "FEWSHOT.BENCHMARK.SEED": node.SEED},
+            elapsed={"evaluation": time.perf_counter() - start},
+        )
+        write_benchmark_page(
+            output,
+            results,
+            facts,
+            metric="AP_voc" if node.SUPPORTS == "images" else "AP",
+            title=type(model).__name__,
+            plans=[(name, plan.sha256) for plan, name in plans],
+        )
         print_csv_format(results)
     return results
 
@@ -74,24 +96,44 @@ def benchmark_plans(cfg: CfgNode) -> list[BenchmarkPlan]:
     """The plans of FEWSHOT.BENCHMARK.PLANS, or new ones, one for each number of shots, saved in OUTPUT_DIR/plans."""
     node = cfg.FEWSHOT.BENCHMARK
     if node.PLANS:
-        return [checked_plan(cfg, path, BenchmarkPlan.load(path)) for path in node.PLANS]
+        kind = TuplePlan if node.SUPPORTS == "images" else BenchmarkPlan
+        return [_fitting(cfg, path, kind.load(path)) for path in node.PLANS]
     plans = [
         plan
         for dataset, support_dataset in zip(cfg.DATASETS.TEST, support_datasets(cfg), strict=True)
-        for plan in build_benchmark_plans(
-            dataset=dataset,
-            support_dataset=support_dataset,
-            split=cfg.FEWSHOT.SPLIT,
-            sides=cfg.FEWSHOT.TEST.SIDES,
-            shots=node.SHOTS,
-            ways=node.WAYS,
-            queries_per_class=node.QUERIES_PER_CLASS,
-            num_episodes=node.EPISODES,
-            seed=node.SEED,
-        )
+        for plan in _new_plans(cfg, dataset, support_dataset)
     ]
     save_plans(cfg, plans)
     return plans
+
+
+def _new_plans(cfg: CfgNode, dataset: str, support_dataset: str) -> list[BenchmarkPlan]:
+    node = cfg.FEWSHOT.BENCHMARK
+    options = {
+        "dataset": dataset,
+        "support_dataset": support_dataset,
+        "split": cfg.FEWSHOT.SPLIT,
+        "sides": cfg.FEWSHOT.TEST.SIDES,
+        "shots": node.SHOTS,
+        "num_episodes": node.EPISODES,
+        "seed": node.SEED,
+        "ground_truth": GroundTruthFilter.from_cfg(cfg),
+    }
+    if node.SUPPORTS == "images":
+        return build_tuple_plans(**options)
+    return build_benchmark_plans(
+        **options, ways=node.WAYS, queries_per_class=node.QUERIES_PER_CLASS
+    )
+
+
+def _fitting(cfg: CfgNode, path: str, plan: BenchmarkPlan) -> BenchmarkPlan:
+    """The plan, if it is of this config and of its ground truth."""
+    wanted = str(GroundTruthFilter.from_cfg(cfg))
+    if isinstance(plan, TuplePlan) and plan.ground_truth != wanted:
+        raise ValueError(
+            f"{path} must be a plan of FEWSHOT.GROUND_TRUTH {wanted!r}, got one of {plan.ground_truth!r}"
+        )
+    return checked_plan(cfg, path, plan)
 
 
 def named_plans(plans: Iterable[BenchmarkPlan]) -> list[tuple[BenchmarkPlan, str]]:
@@ -109,19 +151,9 @@ def named_plans(plans: Iterable[BenchmarkPlan]) -> list[tuple[BenchmarkPlan, str
     return named
 
 
-def _diagram(results: Mapping[str, Mapping[str, float]]) -> bytes:
-    """AP against shots: a curve for each data set, side and number of ways, without and with fine-tuning."""
-    curves: dict[str, dict[int, tuple[float, float]]] = {}
-    for name, metrics in results.items():
-        source, _, kind = name.rpartition("way-")
-        shots, _, tuned = kind.partition("shot")
-        curve = curves.setdefault(f"{source}way{tuned}", {})
-        curve[int(shots)] = metrics["AP"], metrics["AP_ci95"]
-    return plot_by_shots(curves, "AP, all detections in one list (%)")
-
-
-def _painter(folder: Path, factory: EpisodeFactory, number: int) -> Callable[[Found], None]:
-    """Draws the first query of each of the first ``number`` episodes into ``folder``."""
+def _painter(folder: Path, runner: EpisodeRunner, number: int) -> Callable[[Found], None]:
+    """Draws the first query of each of the first ``number`` episodes into ``folder``, and how it was searched."""
+    factory = runner.factory
 
     def paint(found: Found) -> None:
         episode = found.episode
@@ -133,15 +165,18 @@ def _painter(folder: Path, factory: EpisodeFactory, number: int) -> Callable[[Fo
         truth.gt_classes = torch.tensor(
             [labels[c] for c in truth.gt_ids.tolist()], dtype=torch.int64
         )
+        pixels = read_image(record, "RGB")
         panel = episode_panel(
-            read_image(record, "RGB"),
+            pixels,
             found.support_set,
             ground_truth=truth,
             predictions=found.predictions,
             threshold=0.5,
         )
-        png = io.BytesIO()
-        Image.fromarray(panel).save(png, "PNG")
-        write_bytes(folder / f"episode_{episode.id}.png", png.getvalue())
+        panels = {"": panel, **explanation_panels(runner.model, found, pixels)}
+        for name, picture in panels.items():
+            png = io.BytesIO()
+            Image.fromarray(picture).save(png, "PNG")
+            write_bytes(folder / f"episode_{episode.id}{name}.png", png.getvalue())
 
     return paint

@@ -126,7 +126,7 @@ def encode_queries(
         for row in rows:
             record = index.dicts[index.image_index(row.image_id)]
             annotation = {"bbox": list(row.box), "bbox_mode": BoxMode.XYXY_ABS}
-            examples.append(mapper.augmentation.shots([mapper.support(record, annotation)]))
+            examples.append(mapper.support_augmentation.shots([mapper.support(record, annotation)]))
         ids = [row.query_id for row in rows]
         parts.append(model.encode_support([SupportSet(ids, list(map(str, ids)), examples)]))
     return SupportFeatures.cat(parts)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data.benchmark_plans import BenchmarkEpisode, BenchmarkPlan
 from ..data.dataset_mapper import EpisodicDatasetMapper
 from ..data.episodes import EpisodeFactory
-from ..evaluation.pooled_ap import PooledPrecision, pixel_iou
+from ..evaluation.pooled_ap import PooledPrecision, in_square, pixel_iou
 from ..modeling.detector import FewShotDetector
 from ..structures import SupportFeatures, SupportSet
 from .finetune import FineTuning, fine_tuned
@@ -105,6 +105,7 @@ class Found:
             with; None where it could not be searched.
         truth (Instances): ``gt_boxes`` and ``gt_ids`` of the episode's classes, see ``EpisodeRunner.truth``.
         predictions (Instances): in original pixels, ``pred_classes`` in the order of ``support_set``.
+        query (Any), features (SupportFeatures or None): what the model's ``search`` was given.
     """
 
     episode: BenchmarkEpisode
@@ -112,6 +113,8 @@ class Found:
     support_set: SupportSet | None
     truth: Instances
     predictions: Instances
+    query: Any = None
+    features: SupportFeatures | None = None
 
 
 class EpisodeRunner:
@@ -127,9 +130,15 @@ class EpisodeRunner:
         mapper: EpisodicDatasetMapper,
         *,
         kept_queries: int,
+        square: int = 0,
     ):
-        """Take a model in inference mode; ``kept_queries`` bounds the memory."""
-        self.model, self.factory, self.mapper = model, factory, mapper
+        """Take a model in inference mode.
+
+        Args:
+            kept_queries: bounds the memory. square: side of a square in whose whole pixels boxes are compared; 0 =
+                they are compared as they are, in pixels of the query.
+        """
+        self.model, self.factory, self.mapper, self.square = model, factory, mapper, square
         self.kept = lru_cache(maxsize=kept_queries)(self.describe)
 
     def run(
@@ -173,7 +182,9 @@ class EpisodeRunner:
                     with torch.no_grad():
                         predictions = self.model.search(query, features).to("cpu")
                     truth = self.truth(image_id, episode.class_ids)
-                    found = Found(episode, image_id, support_set, truth, predictions)
+                    found = Found(
+                        *(episode, image_id, support_set, truth, predictions, query, features)
+                    )
                     self._match(found, outcome)
                     show(found)
         outcome = Outcome.joined(comm.gather(outcome))
@@ -242,7 +253,7 @@ class EpisodeRunner:
         unsearched = self.truth(found.image_id, sorted(others))
         labels, scores = predictions.pred_classes.numpy(), predictions.scores.numpy()
         boxes, truth_boxes, other_boxes = (
-            b.tensor.numpy() - _LAST_PIXEL
+            self._comparable(b.tensor.numpy(), found.truth.image_size)
             for b in (predictions.pred_boxes, found.truth.gt_boxes, unsearched.gt_boxes)
         )
         on_truth, on_other = (
@@ -262,6 +273,12 @@ class EpisodeRunner:
                     truth_classes=found.truth.gt_ids.numpy(),
                     truth_difficult=found.truth.gt_difficult.numpy(),
                 )
+
+    def _comparable(self, boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        """Boxes as ``pixel_iou`` takes them."""
+        if self.square:
+            return in_square(boxes, image_size, self.square)
+        return boxes - _LAST_PIXEL
 
     def _miss(
         self, episode: BenchmarkEpisode, image_id: int, message: str, outcome: Outcome

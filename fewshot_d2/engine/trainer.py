@@ -110,4 +110,4 @@ def _has_blind_norms(cfg: CfgNode) -> bool:
         if name.lower() in cfg.MODEL.BACKBONE.NAME:
             node = cfg.MODEL[name]
             return node.NORM == "FrozenBN" and not node.WEIGHTS
-    return cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    return "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"

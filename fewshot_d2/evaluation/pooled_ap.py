@@ -36,6 +36,20 @@ def pixel_iou(boxes: np.ndarray, others: np.ndarray, extent: float = 1.0) -> np.
     return np.divide(intersection, union, out=np.zeros_like(union, float), where=union > 0)
 
 
+def in_square(boxes: np.ndarray, image_size: tuple[int, int], side: int) -> np.ndarray:
+    """Boxes as they are in a square that the image is stretched to, cut to whole pixels (SILCO spec A9).
+
+    Args:
+        boxes (float[D, 4]): XYXY in pixels of the image, ending behind the last one. image_size: its (height, width).
+        side: of the square, in pixels.
+
+    Returns:
+        float[D, 4]: whole numbers; the last row and column belong to the box, as ``pixel_iou`` has it.
+    """
+    height, width = image_size
+    return np.trunc(boxes * side / np.array([width, height, width, height]))
+
+
 def match_official(scores: np.ndarray, overlaps: np.ndarray, of_class: np.ndarray) -> Entries:
     """RepMet's entries: one a ground truth that is hit, and one a detection on background.
 

@@ -70,7 +70,7 @@ def write_report(
     ]
     sections += [figures.precision_recall(analyses), figures.clutter(analyses)]
     sections += [figures.confusion(a) for a in models]
-    sections += [_per_class(rows), figures.training(facts.metrics_file), _how(facts)]
+    sections += [_per_class(rows), figures.training(facts.metrics_file), how_measured(facts)]
     write_text(path, html.page(title, _lead(rows), [s for s in sections if s]))
     logger.info("Report: %s", path)
 
@@ -166,7 +166,8 @@ def _per_class(rows: Sequence[ReportRow]) -> str:
     return html.section("Classes", *parts)
 
 
-def _how(facts: ReportFacts) -> str:
+def how_measured(facts: ReportFacts) -> str:
+    """The section that tells how to repeat it."""
     parts = []
     if facts.command:
         parts += ["<h3>Command</h3>", html.code(facts.command)]

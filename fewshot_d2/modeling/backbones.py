@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from ..files import dataset_path
+from ..checkpoint import load_weights
 
 _STRIDES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 # Any size works that has a whole cell at stride 32 and is not pooled to one by accident.
@@ -79,25 +79,6 @@ def use_tf_padding(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and max(child.stride) > 1:
                 setattr(module, name, TFSameConv2d.from_conv(child))
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a local state dict exactly; an empty path leaves the random initialisation.
-
-    A relative path is below DETECTRON2_DATASETS.
-
-    Raises:
-        ValueError: missing file or keys that do not fit; names the file.
-    """
-    if not path:
-        return
-    if not dataset_path(path).is_file():
-        raise ValueError(f"backbone weights must be a local file, got {dataset_path(path)}")
-    state = torch.load(dataset_path(path), map_location="cpu", weights_only=True)
-    try:
-        model.load_state_dict(state.get("model", state))
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} must fit {type(model).__name__}, got: {error}") from error
 
 
 def torchvision_features(

@@ -141,6 +141,15 @@ class FewShotDetector(nn.Module):
         """Detect all classes of ``support`` in a query of ``describe_queries``, in original query pixels."""
         return self([{**query, "support_features": support}])[0]["instances"]
 
+    def explain(self, query: Any, support: SupportFeatures) -> dict[str, Tensor]:
+        """What a system can show of how it searches a query of ``describe_queries`` for the first class; here, nothing.
+
+        Returns:
+            Some of "attention" (Tensor[H, W, S, h, w]), how much each cell of the query looks at each cell of each
+            support, as of images without padding, and any other names of maps of the query (Tensor[H, W]).
+        """
+        return {}
+
     def tunes_description(self, layers: str) -> bool:
         """Whether fine-tuning ``layers`` changes what ``describe_queries`` gives: it may, where nothing is known."""
         return True

@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 from torchvision import models
 
-from .backbones import load_weights
+from ..checkpoint import load_weights
 from .metric_learning import margin_losses, mixture_log_posteriors, squared_distances
 
 # Heads of Inception and GoogLeNet whose losses the paper does not have.

@@ -79,6 +79,20 @@ def hardest_rois(losses: Tensor, counts: Sequence[int], keep: int) -> Tensor:
     return kept
 
 
+def hard_negatives(losses: Tensor, positive: Tensor, ratio: int) -> Tensor:
+    """The negatives of each row with the highest loss, ``ratio`` for each of its positives (SSD).
+
+    Args:
+        losses (Tensor[P, A]), positive (bool[P, A]).
+
+    Returns:
+        bool Tensor[P, A]; nothing in a row without a positive.
+    """
+    wanted = (ratio * positive.sum(dim=1)).clamp(max=positive.shape[1] - 1)
+    order = losses.masked_fill(positive, float("-inf")).argsort(dim=1, descending=True)
+    return (order.argsort(dim=1) < wanted[:, None]) & ~positive
+
+
 def support_contrast(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Symmetric InfoNCE: example k of one must find example k of the other among all K.
 

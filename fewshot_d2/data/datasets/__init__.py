@@ -1,3 +1,11 @@
 """Embedded data sets; importing this package registers them in detectron2's catalogue."""
 
-from . import builtin, coco, flickrlogos27, imagenet_loc, instre, retail  # noqa: F401
+from . import (  # noqa: F401
+    builtin,
+    coco,
+    common_localization,
+    flickrlogos27,
+    imagenet_loc,
+    instre,
+    retail,
+)

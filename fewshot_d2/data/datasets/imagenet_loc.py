@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...files import dataset_path
 from ..coco_json import DatasetDict, records_of
-from ..voc_xml import read_voc_xml
+from ..voc_xml import add_voc_image
 
 SETS = ("train101", "test214")
 
@@ -63,22 +63,15 @@ def load_imagenet_loc(root: Path, wnids: list[str], name: str) -> list[DatasetDi
         if not folder.is_dir():
             raise FileNotFoundError(f"{name} must have the folder {folder}; see datasets/README.md")
         for path in sorted(folder.glob("*.xml")):
-            _add_image(content, path, class_ids)
+            add_voc_image(
+                content,
+                path,
+                file_name=f"{wnid}/{path.stem}.JPEG",
+                image_id=len(content["images"]),
+                class_ids=class_ids,
+                first_pixel=0,
+            )
     return records_of(content, root / "Data/CLS-LOC/train", name, root)
-
-
-def _add_image(content: dict[str, list], path: Path, class_ids: dict[str, int]) -> None:
-    image = read_voc_xml(path, first_pixel=0)
-    image_id = len(content["images"])
-    file_name = f"{path.parent.name}/{path.stem}.JPEG"
-    size = {"height": image.height, "width": image.width}
-    content["images"].append({"id": image_id, "file_name": file_name, **size})
-    for found in image.objects:
-        if found.name in class_ids:
-            x0, y0, x1, y1 = found.box
-            row = {"id": len(content["annotations"]) + 1, "image_id": image_id}
-            row |= {"category_id": class_ids[found.name], "bbox": [x0, y0, x1 - x0, y1 - y0]}
-            content["annotations"].append(row)
 
 
 register_imagenet_loc(dataset_path("imagenet_loc"))

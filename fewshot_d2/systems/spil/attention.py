@@ -10,37 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.engine import HookBase
 from detectron2.modeling import Backbone
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor, nn
 
+from ...modeling.co_localization import enlarged, first_component
 from .lookalikes import set_lookalikes
-
-
-def first_component(
-    points: Tensor, *, tolerance: float = 1e-7, max_iterations: int = 1000
-) -> Tensor:
-    """Direction in which points differ most: the first eigenvector of their covariance, by power iteration.
-
-    Args:
-        points (Tensor[n, C]). tolerance: of 1 - cosine between two iterations.
-        max_iterations: bounds the time where the two largest eigenvalues are almost equal, and either will do.
-
-    Returns:
-        Tensor[C]: of length 1 and any sign; zero where all points are the same.
-    """
-    centred = points - points.mean(dim=0)
-    covariance = centred.T @ centred
-    # Not orthogonal to the eigenvector but by a chance of probability zero, and the same in every run.
-    start = torch.randn(points.shape[1], generator=torch.Generator().manual_seed(0))
-    vector = F.normalize(start.to(points), dim=0)
-    for _ in range(max_iterations):
-        before, vector = vector, F.normalize(covariance @ vector, dim=0)
-        if 1 - vector @ before < tolerance:
-            break
-    return vector
 
 
 def co_attention(
@@ -71,13 +47,6 @@ def co_attention(
     positive = (projected if pixels[inside].mean() >= rest else -projected).clamp(min=0)
     peak = positive.max()
     return enlarged(positive / peak if peak > 0 else positive, stride, size)
-
-
-def enlarged(cells: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
-    """A map (Tensor[H, W]) at the image's resolution, bilinear (spec B3, item 26)."""
-    shape = [side * stride for side in cells.shape]
-    pixels = F.interpolate(cells[None, None], shape, mode="bilinear", align_corners=False)
-    return pixels[0, 0, : size[0], : size[1]]
 
 
 def box_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,280 @@
+"""Spatial similarity and feature reweighting against loops over positions, supports and edges."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from fewshot_d2.systems.silco.reweighting import FeatureReweighting, LearnedAdjacency
+from fewshot_d2.systems.silco.similarity import (
+    PooledFusion,
+    SimilarityFusion,
+    standardized,
+)
+
+CHANNELS, HALF = 6, 3
+
+
+def fusion(*, zero=False, is_global=False, normalize_weights=False, reweighting=None, dropout=0.0):
+    torch.manual_seed(0)
+    module = SimilarityFusion(
+        CHANNELS,
+        dropout=dropout,
+        is_global=is_global,
+        reweighting=reweighting,
+        normalize_weights=normalize_weights,
+    )
+    if not zero:
+        nn.init.normal_(module.out.weight)
+        nn.init.normal_(module.out.bias)
+    return module
+
+
+def enhanced(module, query, maps, is_shot=None):
+    """One pair a query map."""
+    is_shot = torch.ones(maps.shape[:2], dtype=torch.bool) if is_shot is None else is_shot
+    return module(module.describe(query), module.encode(maps, is_shot), is_shot)
+
+
+def maps_of(rng, pairs=2, shots=3):
+    query = torch.randn(pairs, CHANNELS, 3, 2, generator=rng)
+    return query, torch.randn(pairs, shots, CHANNELS, 2, 4, generator=rng)
+
+
+def applied(layer, vector):
+    """A 1x1 convolution at one place, with Python numbers."""
+    weight, bias = layer.weight.flatten(1).tolist(), layer.bias.tolist()
+    return [
+        sum(w * v for w, v in zip(row, vector, strict=True)) + b
+        for row, b in zip(weight, bias, strict=True)
+    ]
+
+
+def naive_addition(module, query, places):
+    """What support places (a list of vectors) add to one query place (spec A3)."""
+    theta = applied(module.theta, query)
+    logits = [
+        sum(a * b for a, b in zip(theta, applied(module.phi, place), strict=True)) / math.sqrt(HALF)
+        for place in places
+    ]
+    exps = [math.exp(logit - max(logits)) for logit in logits]
+    values = [applied(module.g, place) for place in places]
+    attended = [
+        sum(e * v[c] for e, v in zip(exps, values, strict=True)) / sum(exps) for c in range(HALF)
+    ]
+    mean = sum(attended) / HALF
+    deviation = math.sqrt(sum((y - mean) ** 2 for y in attended) / (HALF - 1))
+    return applied(module.out, [max((y - mean) / (deviation + 1e-6), 0.0) for y in attended])
+
+
+def places_of(features):
+    """Vectors of a map (C, h, w), row by row."""
+    return [
+        features[:, y, x].tolist()
+        for y in range(features.shape[1])
+        for x in range(features.shape[2])
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_global", [False, True])
+def test_equals_loops(rng, is_global):
+    module = fusion(is_global=is_global)
+    query, maps = maps_of(rng)
+    assert (query < 0).any() and (maps < 0).any()
+    result = enhanced(module, query, maps)
+    for p in range(2):
+        supports = [places_of(m) for m in maps[p]]
+        if is_global:
+            supports = [[place for places in supports for place in places]]
+        for y in range(3):
+            for x in range(2):
+                q = query[p, :, y, x].tolist()
+                added = [naive_addition(module, q, places) for places in supports]
+                mean = torch.tensor(added).mean(dim=0)
+                assert_close(result[p, :, y, x], torch.tensor(q) + mean, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_global_equals_one_support_of_all_places(rng):
+    query, maps = maps_of(rng, shots=3)
+    side_by_side = torch.cat(list(maps.unbind(1)), dim=-1)[:, None]
+    assert side_by_side.shape == (2, 1, CHANNELS, 2, 12)
+    assert_close(
+        enhanced(fusion(is_global=True), query, maps), enhanced(fusion(), query, side_by_side)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_global", [False, True])
+def test_is_the_identity_at_first(rng, is_global):
+    query, maps = maps_of(rng, shots=4)
+    module = fusion(zero=True, is_global=is_global).eval()
+    assert_close(enhanced(module, query, maps), query)
+    # With a GCN the query is scaled by the sum of the weights, unless that is 1.
+    if not is_global:
+        weights = FeatureReweighting(CHANNELS, blocks=1, width=4, dropout=0.0)
+        scaled = fusion(zero=True, reweighting=weights)
+        total = weights(maps.mean(dim=(3, 4)), torch.ones(2, 4, dtype=torch.bool)).sum(dim=1)
+        assert_close(enhanced(scaled, query, maps), total[:, None, None, None] * query)
+        normal = fusion(zero=True, reweighting=weights, normalize_weights=True)
+        assert_close(enhanced(normal, query, maps), query)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_global", [False, True])
+def test_missing_supports_count_nothing(rng, is_global):
+    query, maps = maps_of(rng, shots=3)
+    module = fusion(is_global=is_global)
+    is_shot = torch.tensor([[True, True, True], [True, False, False]])
+    maps[1, 1:] = 100.0
+    result = enhanced(module, query, maps, is_shot)
+    assert_close(result[0], enhanced(module, query[:1], maps[:1])[0])
+    assert_close(result[1], enhanced(module, query[1:], maps[1:, :1])[0])
+
+
+@torch.no_grad()
+def test_pooled_baseline_adds_the_mean_of_the_supports(rng):
+    query, maps = maps_of(rng)
+    is_shot = torch.tensor([[True, True, True], [True, True, False]])
+    result = enhanced(PooledFusion(), query, maps, is_shot)
+    for p, number in enumerate((3, 2)):
+        pooled = [[sum(c.flatten().tolist()) / 8 for c in m] for m in maps[p, :number]]
+        vector = torch.tensor(pooled).mean(dim=0)
+        assert_close(result[p], query[p] + vector[:, None, None], atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_is_of_the_addition_alone(rng):
+    query, maps = maps_of(rng)
+    assert_close(enhanced(fusion(dropout=1.0).train(), query, maps), query)
+
+
+def test_standardized_constant_tokens_are_zero_with_finite_gradients():
+    tokens = torch.full((2, 5), 3.0, requires_grad=True)
+    result = standardized(tokens)
+    result.sum().backward()
+    assert not result.any() and torch.isfinite(tokens.grad).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_global", [False, True])
+def test_attention_for_pictures_is_that_of_the_module(rng, is_global):
+    module = fusion(is_global=is_global)
+    query, maps = maps_of(rng)
+    encoded = module.encode(maps, torch.ones(2, 3, dtype=torch.bool))
+    looked_at = module.attention(module.describe(query)["theta"], encoded["keys"])
+    assert looked_at.shape == (2, 3, 6, 8)
+    total = looked_at.sum(dim=3)
+    assert_close(
+        total.sum(dim=1) if is_global else total,
+        torch.ones(2, 6) if is_global else torch.ones(2, 3, 6),
+    )
+    attended = looked_at @ encoded["values"]
+    if is_global:
+        attended = attended.sum(dim=1, keepdim=True)
+    similar = module.out(standardized(attended).relu()).mean(dim=1)
+    expected = query + similar.transpose(1, 2).view_as(query)
+    assert_close(enhanced(module, query, maps), expected, atol=1e-5, rtol=1e-4)
+
+
+def leaky(x):
+    return x if x > 0 else 0.01 * x
+
+
+def naive_adjacency(module, nodes, number):
+    rows = []
+    for i in range(number):
+        logits = []
+        for j in range(number):
+            x = [abs(a - b) for a, b in zip(nodes[i], nodes[j], strict=True)]
+            for layer in module.layers:
+                x = [leaky(value) for value in applied(layer, x)]
+            logits.append(applied(module.last, x)[0] - (1e8 if i == j else 0))
+        exps = [math.exp(logit - max(logits)) for logit in logits]
+        rows.append([e / sum(exps) for e in exps])
+    return rows
+
+
+def naive_weights(module, nodes):
+    number, out = len(nodes), [[] for _ in nodes]
+    for adjacency, convolution in zip(module.adjacencies, module.convolutions, strict=True):
+        nodes = [[*node, *map(leaky, new)] for node, new in zip(nodes, out, strict=True)]
+        edges = naive_adjacency(adjacency, nodes, number)
+        out = []
+        for i in range(number):
+            neighbours = [
+                sum(edges[i][j] * nodes[j][f] for j in range(number)) for f in range(len(nodes[i]))
+            ]
+            out.append(applied(convolution, [*nodes[i], *neighbours]))
+    return [1 / (1 + math.exp(-value)) for (value,) in out]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, 2, 4])
+def test_weights_equal_loops(rng, shots):
+    torch.manual_seed(1)
+    module = FeatureReweighting(5, blocks=2, width=4, dropout=0.3).eval()
+    pooled = 3 * torch.randn(2, shots, 5, generator=rng)
+    weights = module(pooled, torch.ones(2, shots, dtype=torch.bool))
+    expected = [naive_weights(module, nodes) for nodes in pooled.tolist()]
+    assert_close(weights, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    assert ((weights > 0) & (weights < 1)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, 2, 5])
+def test_rows_sum_to_one_without_an_edge_to_itself(rng, shots):
+    torch.manual_seed(0)
+    module = LearnedAdjacency(7, 4, 0.0)
+    nodes = torch.randn(2, shots, 7, generator=rng)
+    edges = module(nodes, torch.ones(2, shots, dtype=torch.bool))
+    assert_close(edges.sum(dim=2), torch.ones(2, shots))
+    if shots > 1:
+        assert not edges.diagonal(dim1=1, dim2=2).any()
+        assert edges.std() > 1e-3, "edges that are all alike would show nothing"
+    else:
+        assert edges.tolist() == [[[1.0]], [[1.0]]]
+
+
+@torch.no_grad()
+def test_no_edge_leads_to_a_missing_support(rng):
+    torch.manual_seed(0)
+    module = FeatureReweighting(5, blocks=2, width=4, dropout=0.0)
+    pooled = torch.randn(1, 4, 5, generator=rng)
+    is_shot = torch.tensor([[True, True, False, False]])
+    assert_close(module(pooled, is_shot)[:, :2], module(pooled[:, :2], is_shot[:, :2]))
+    alone = module(pooled, torch.tensor([[True, False, False, False]]))
+    assert 0 < alone[0, 0] < 1 and not alone[0, 1:].any()
+
+
+def test_widths_and_numbers_of_weights_are_the_spec_s():
+    """Spec A3 and A4: 3.55 and 8.06 million for six scales."""
+    similarity = reweighting = 0
+    for channels in (512, 1024, 512, 256, 256, 256):
+        weights = FeatureReweighting(channels, blocks=5, width=96, dropout=0.3)
+        assert [c.in_features for c in weights.convolutions] == [
+            2 * (channels + 48 * block) for block in range(6)
+        ]
+        assert [c.out_features for c in weights.convolutions] == [48] * 5 + [1]
+        layers = [layer.out_features for layer in weights.adjacencies[0].layers]
+        assert layers == [192, 192, 96, 96]
+        reweighting += sum(p.numel() for p in weights.parameters())
+        module = SimilarityFusion(
+            channels, dropout=0.5, is_global=False, reweighting=None, normalize_weights=False
+        )
+        similarity += sum(p.numel() for p in module.parameters())
+    assert round(similarity / 1e6, 2) == 3.55 and round(reweighting / 1e6, 2) == 8.06
+
+
+def test_gradients_reach_everything(rng):
+    weights = FeatureReweighting(CHANNELS, blocks=2, width=4, dropout=0.3)
+    module = fusion(reweighting=weights).train()
+    query, maps = maps_of(rng, shots=4)
+    enhanced(module, query, maps).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        # A softmax does not see what is added to all of its logits.
+        if not name.endswith(("phi.bias", "last.bias")):
+            assert parameter.grad.any(), name
+        assert torch.isfinite(parameter.grad).all()
