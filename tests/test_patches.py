@@ -225,3 +225,10 @@ def test_image_without_boxes_and_class_that_is_gone(episode_of):
 def test_bad_keys_are_refused(key, value):
     with pytest.raises(ValueError, match="FEWSHOT.(PATCHES|MINING)"):
         load_config("", [key, value])
+
+
+@pytest.mark.parametrize("augment", [("PHOTOMETRIC", True), ("EXPAND", 2.0), ("CROPS", (0.5,))])
+def test_patches_and_augmentation_are_refused_together(augment):
+    key, value = augment
+    with pytest.raises(ValueError, match="AUGMENT must be left as it is"):
+        load_config("", ["FEWSHOT.MAPPER", "PatchMapper", f"FEWSHOT.AUGMENT.{key}", value])

@@ -13,7 +13,7 @@ from ..visualization.search import recall_iou_figure
 from . import report_html as html
 from .instance_search import IOU_THRESHOLDS, paired_difference, recall_iou_curve, summary
 from .metrics import Interval
-from .report import ReportFacts, _how
+from .report import ReportFacts, how_measured
 from .report_gallery import GalleryPicture
 from .search_runs import MeasuredRow
 
@@ -195,7 +195,7 @@ def render(results: Mapping[str, Mapping[str, Any]], page: SearchPage) -> str:
         html.section("Recall against IoU", html.grid(figures, "plots")),
         *([html.section("Stages", html.table(*counts))] if counts[1] else []),
         *pictures,
-        _how(page.facts),
+        how_measured(page.facts),
     ]
     return html.page("Instance search", page.lead, sections)
 
