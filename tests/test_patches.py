@@ -230,5 +230,6 @@ def test_bad_keys_are_refused(key, value):
 @pytest.mark.parametrize("augment", [("PHOTOMETRIC", True), ("EXPAND", 2.0), ("CROPS", (0.5,))])
 def test_patches_and_augmentation_are_refused_together(augment):
     key, value = augment
+    cfg = load_config("", ["FEWSHOT.MAPPER", "PatchMapper", f"FEWSHOT.AUGMENT.{key}", value])
     with pytest.raises(ValueError, match="AUGMENT must be left as it is"):
-        load_config("", ["FEWSHOT.MAPPER", "PatchMapper", f"FEWSHOT.AUGMENT.{key}", value])
+        build_mapper(cfg, is_train=True)

@@ -40,12 +40,7 @@ def check_data_config(cfg: CN) -> None:
             "FEWSHOT.NUM_WAYS must be 1 and NUM_ABSENT_WAYS 0 to train on tuples, got "
             f"{node.NUM_WAYS} and {node.NUM_ABSENT_WAYS}"
         )
-    augmentation = AugmentationRule.from_cfg(cfg)
-    if node.MAPPER == "PatchMapper" and (augmentation.photometric or augmentation.moves_pixels):
-        raise ValueError(
-            "FEWSHOT.AUGMENT must be left as it is with FEWSHOT.MAPPER PatchMapper, which draws patches itself, got "
-            f"{dict(node.AUGMENT)}"
-        )
+    AugmentationRule.from_cfg(cfg)
     is_filtered = GroundTruthFilter.from_cfg(cfg) != KEEP_ALL
     if is_filtered and cfg.DATASETS.TEST and cfg.FEWSHOT.TEST.PROTOCOL != "episodes":
         raise ValueError(

@@ -28,8 +28,17 @@ class PatchMapper(EpisodicDatasetMapper):
 
     @configurable
     def __init__(self, *, patches: PatchRule, **kwargs: Any):
-        """Add to the mapper's arguments how patches are drawn."""
+        """Add to the mapper's arguments how patches are drawn.
+
+        Raises:
+            ValueError: queries are to be augmented besides.
+        """
         super().__init__(**kwargs)
+        if self.query_augmentation.photometric or self.query_augmentation.moves_pixels:
+            raise ValueError(
+                "FEWSHOT.AUGMENT must be left as it is with the PatchMapper, which draws patches itself, got "
+                f"{self.query_augmentation}"
+            )
         self.patches = patches
 
     @classmethod

@@ -18,10 +18,10 @@ class SuperpixelMapper(EpisodicDatasetMapper):
     def __init__(self, *, superpixels: SuperpixelCache, **kwargs: Any):
         """Add to the mapper's arguments where superpixels are kept, which is for whole images."""
         super().__init__(**kwargs)
-        if self.augment.moves_pixels:
+        if self.query_augmentation.moves_pixels:
             raise ValueError(
                 "FEWSHOT.AUGMENT must have no crops and EXPAND 1 with the SuperpixelMapper, got "
-                f"{self.augment.crops} and {self.augment.expand}"
+                f"{self.query_augmentation.crops} and {self.query_augmentation.expand}"
             )
         self.superpixels = superpixels
 
