@@ -66,7 +66,9 @@ class SILCO(FewShotDetector):
             separate_trunks, match_iou, negative_ratio, selection: see MODEL.SILCO in ``config``.
         """
         super().__init__(**kwargs)
-        channels = [self.backbone.output_shape()[name].channels for name in fusions]
+        shapes = self.backbone.output_shape()
+        self.trains_all = set(fusions) == set(shapes)
+        channels = [shapes[name].channels for name in fusions]
         self.support_backbone = copy.deepcopy(self.backbone) if separate_trunks else None
         self.fusions = nn.ModuleDict(fusions)
         self.mixes = nn.ModuleDict(
