@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from detectron2.structures import BoxMode
 from factories import CATEGORIES, registered_set, tiny_config, write_set
+from PIL import Image
 
 from fewshot_d2.data.ground_truth import KEEP_ALL, GroundTruthFilter
 from fewshot_d2.data.index import InstanceIndex
@@ -98,6 +99,34 @@ def test_supports_are_whole_images_without_boxes(dataset):
     assert set(query["instances"].gt_classes.tolist()) == {0}
     for shot, same in zip(shots, again["support"].examples[0], strict=True):
         assert (shot.image == same.image).all()
+
+
+def test_pictures_of_any_kind_are_trained_on(tmp_path):
+    """Of one pixel or one row, grey and with transparency, with all augmentations."""
+    rng, shapes = np.random.default_rng(0), [(1, 1, 3), (40, 60), (30, 50, 4), (1, 50, 3)]
+    images, annotations = [], []
+    for i, shape in enumerate(shapes):
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        height, width = shape[:2]
+        images.append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        row = {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [0, 0, width, height]}
+        annotations.append({**row, "area": width * height, "iscrowd": 0})
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    keys = ["FEWSHOT.RESIZE_RULE", "stretch", "FEWSHOT.AUGMENT.PHOTOMETRIC", True]
+    keys += ["FEWSHOT.AUGMENT.EXPAND", 4.0, "FEWSHOT.AUGMENT.CROPS", ("none", 0.5, "random")]
+    with registered_set(NAME, tmp_path):
+        tuples = build_training_episodes(config("FEWSHOT.SPLIT", "novel:b", *keys))
+        queries = [tuples[number] for number in range(60)]
+    assert {query["file_name"] for query in queries} == {
+        str(tmp_path / f"{i}.png") for i in range(4)
+    }
+    for query in queries:
+        boxes = query["instances"].gt_boxes
+        assert query["image"].shape == (3, 64, 64) and len(boxes) == 1
+        assert boxes.area() > 0 and boxes.tensor.min() >= 0 and boxes.tensor.max() <= 64
+        assert all(shot.image.shape == (3, 64, 64) for shot in query["support"].examples[0])
 
 
 def test_a_class_with_too_few_images_is_left_out_with_its_name(caplog):

@@ -47,7 +47,9 @@ class EpisodicTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         make = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = make(distributed(model), loader, optimizer)
+        has_idle = not getattr(model, "trains_all", True)
+        wrapped = distributed(model, find_unused_parameters=has_idle)
+        self._trainer = make(wrapped, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FewShotCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())

@@ -72,9 +72,12 @@ class FewShotDetector(nn.Module):
 
     Attributes:
         uses_negatives (bool): whether ``encode_support`` has a use for negative examples.
+        trains_all (bool): whether the losses of a step reach all trainable weights. Otherwise several processes look
+            for those that have no gradient, as they would wait for it.
     """
 
     uses_negatives = False
+    trains_all = True
 
     @configurable
     def __init__(

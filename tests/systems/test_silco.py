@@ -283,6 +283,8 @@ def test_summed_weights_make_maps_larger_with_more_shots(model, rng):
         ("MODEL.SILCO.SIMILARITY", "global", "REWEIGHTING must be False unless"),
         ("MODEL.SILCO.SOURCES", (0, 6), "SOURCES must be among the trunk's maps 0 to 5"),
         ("MODEL.SILCO.SOURCES", (), "SOURCES must be among"),
+        ("MODEL.SILCO.STEPS", (4, 8, 16), r"must be of 4 maps, got of \(3, 6, 6\)"),
+        ("MODEL.SILCO.SIZES", (10, 20, 34, 48), r"must be of 4 maps, got of \(6, 3, 6\)"),
         ("FEWSHOT.RESIZE_RULE", "paper", "RESIZE_RULE must be 'stretch' for SILCO"),
     ],
 )

@@ -151,6 +151,37 @@ def test_dropout_is_of_the_addition_alone(rng):
     assert_close(enhanced(fusion(dropout=1.0).train(), query, maps), query)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("is_global", [False, True])
+def test_dropout_is_active_in_training_alone(rng, is_global):
+    query, maps = maps_of(rng)
+    weights = FeatureReweighting(CHANNELS, blocks=2, width=4, dropout=0.9)
+    options = {"is_global": is_global, "reweighting": None if is_global else weights}
+    module = fusion(dropout=0.9, **options)
+    first, second = (enhanced(module.train(), query, maps) for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (enhanced(module.eval(), query, maps) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_close(first, enhanced(fusion(dropout=0.0, **options).train(False), query, maps))
+
+
+@torch.no_grad()
+def test_dropout_of_edges_is_after_the_first_layer_alone(rng):
+    """Without anything of that layer edges are alike, and what follows is handed on whole."""
+    torch.manual_seed(0)
+    module = LearnedAdjacency(7, 4, dropout=1.0)
+    nodes, is_shot = torch.randn(1, 3, 7, generator=rng), torch.ones(1, 3, dtype=torch.bool)
+    seen = []
+    for layer in module.layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    edges = module.train()(nodes, is_shot)
+    assert_close(edges, (1 - torch.eye(3))[None] / 2)
+    assert seen[0][1].any() and not seen[1][0].any()
+    for (_, before), (after, _) in zip(seen[1:], seen[2:], strict=False):
+        assert_close(after, torch.nn.functional.leaky_relu(before, 0.01))
+    assert (module.eval()(nodes, is_shot) - edges).abs().max() > 1e-4
+
+
 def test_standardized_constant_tokens_are_zero_with_finite_gradients():
     tokens = torch.full((2, 5), 3.0, requires_grad=True)
     result = standardized(tokens)

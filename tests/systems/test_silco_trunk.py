@@ -8,6 +8,7 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, pairwise_iou
 from factories import ROOT
+from silco_cases import small_silco
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models.detection._utils import SSDMatcher
@@ -97,6 +98,23 @@ def test_frozen_layers_are_refused():
     cfg = load_config(str(BASE), ["MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.DEVICE", "cpu"])
     with pytest.raises(ValueError, match="FREEZE_AT must be 0 for VGG16, got 2"):
         build_backbone(cfg)
+
+
+@torch.no_grad()
+def test_new_layers_begin_as_in_the_original():
+    """Extra layers and heads: Xavier, uniform, without bias; fusions: as torch draws them; scale: 20 (spec A2)."""
+    new = [m for extra in SSDTrunk(VGG16Reduced(), [(8, 24, 2)]).extras for m in extra]
+    new += small_silco().head.modules()
+    convolutions = [m for m in new if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 2 + 4
+    for conv in convolutions:
+        cells = conv.kernel_size[0] * conv.kernel_size[1]
+        bound = math.sqrt(6 / (cells * (conv.in_channels + conv.out_channels)))
+        assert not conv.bias.any() and 0.95 * bound < conv.weight.abs().max() <= bound
+    for mix in small_silco().mixes.values():
+        bound = 1 / math.sqrt(mix.in_channels)
+        assert mix.bias.any() and 0.95 * bound < mix.weight.abs().max() <= bound
+    assert torch.equal(SSDTrunk(VGG16Reduced(), []).scale, torch.full((512,), 20.0))
 
 
 @torch.no_grad()

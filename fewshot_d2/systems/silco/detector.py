@@ -66,7 +66,9 @@ class SILCO(FewShotDetector):
             separate_trunks, match_iou, negative_ratio, selection: see MODEL.SILCO in ``config``.
         """
         super().__init__(**kwargs)
-        channels = [self.backbone.output_shape()[name].channels for name in fusions]
+        shapes = self.backbone.output_shape()
+        self.trains_all = set(fusions) == set(shapes)
+        channels = [shapes[name].channels for name in fusions]
         self.support_backbone = copy.deepcopy(self.backbone) if separate_trunks else None
         self.fusions = nn.ModuleDict(fusions)
         self.mixes = nn.ModuleDict(
@@ -89,6 +91,7 @@ class SILCO(FewShotDetector):
             raise ValueError(
                 f"SILCO.SOURCES must be among the trunk's maps 0 to {len(shapes) - 1}, got {node.SOURCES}"
             )
+        _check_numbers(node, max(node.SOURCES) + 1)
         sources = [shapes[i] for i in node.SOURCES]
         return {
             **parts,
@@ -281,6 +284,15 @@ def build_fusion(node: CfgNode, channels: int) -> nn.Module:
         reweighting=reweighting,
         normalize_weights=node.NORMALIZE_WEIGHTS,
     )
+
+
+def _check_numbers(node: CfgNode, maps: int) -> None:
+    """Refuse keys of priors that do not reach the last map that is used."""
+    numbers = len(node.STEPS), len(node.SIZES) - 1, len(node.ASPECT_RATIOS)
+    if min(numbers) < maps:
+        raise ValueError(
+            f"SILCO.STEPS, SIZES (with one more) and ASPECT_RATIOS must be of {maps} maps, got of {numbers}"
+        )
 
 
 def _check_keys(cfg: CfgNode) -> None:
