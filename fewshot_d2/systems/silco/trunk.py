@@ -13,7 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbo
 from torch import Tensor, nn
 
 from ...checkpoint import load_weights
-from ...modeling.backbones import build_fpn, torchvision_part
+from ...modeling.backbones import torchvision_part
 from .weights import trunk_state
 
 # Convolutions between the five poolings of VGG16: (number, channels).
@@ -147,13 +147,3 @@ def build_ssd_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SSDT
 def build_ssd_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SSDTrunk:
     """The maps RESNETS.OUT_FEATURES of detectron2's ResNet, and extra layers."""
     return SSDTrunk(build_resnet_backbone(cfg, input_shape), cfg.MODEL.SILCO.EXTRAS)
-
-
-@BACKBONE_REGISTRY.register()
-def build_ssd_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SSDTrunk:
-    """The maps of detectron2's ResNet-FPN, and extra layers.
-
-    Small objects are found on fine maps, and a short network knows what they are on coarse ones alone: FPN brings that
-    down, where VGG16 has ten layers below its finest map.
-    """
-    return SSDTrunk(build_fpn(cfg, build_resnet_backbone(cfg, input_shape)), cfg.MODEL.SILCO.EXTRAS)
