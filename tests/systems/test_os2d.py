@@ -249,10 +249,11 @@ def test_patches_are_floored_to_cells_and_shifted_inside():
     anchors = geometry.anchors((20, 30), torch.device("cpu"))
     patches = patches_around(anchors, (320, 470), 100)
     expected = [
-        min(max((x - 50) // 16 * 16, 0), limit) for x, limit in ((16 * 12.5, 370), (16 * 7.5, 220))
+        min(max((x - 50) // 16 * 16, 0), limit) for x, limit in ((16 * 12.5, 368), (16 * 7.5, 208))
     ]
     assert patches[7 * 30 + 12].tolist() == [*expected, expected[0] + 100, expected[1] + 100]
-    assert patches[-1].tolist() == [370, 220, 470, 320]
+    # As far inside as the grid of cells needs.
+    assert patches[-1].tolist() == [368, 208, 468, 308]
     # A query smaller than the patch: its corner, and beyond its edges.
     assert patches_around(anchors[:1], (50, 60), 100).tolist() == [[0, 0, 100, 100]]
 

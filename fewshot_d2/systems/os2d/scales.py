@@ -41,11 +41,15 @@ class Scales:
                     f"MODEL.OS2D.{name.upper()} must be at least 1, got {getattr(self, name)}"
                 )
 
-    def class_image(self, size: Size) -> Size:
-        """Of a class image: its own shape, the area class_size squared."""
+    def class_image(self, size: Size, step: int = 0) -> Size:
+        """Of a class image: its own shape, the area class_size squared.
+
+        Args:
+            step: if not 0, sides are the nearest multiples of it or of ``divisibility``, whichever is larger.
+        """
         height, width = size
         root = (height / width) ** 0.5
-        return self._whole(self.class_size * root, self.class_size / root)
+        return self._whole(self.class_size * root, self.class_size / root, step)
 
     def levels(self, given: Size, original: Size, exemplars: Sequence[float]) -> list[Size]:
         """Of a query on each level.
@@ -64,8 +68,8 @@ class Scales:
             for level in self.pyramid
         ]
 
-    def _whole(self, height: float, width: float) -> Size:
-        unit = self.divisibility
+    def _whole(self, height: float, width: float, step: int = 0) -> Size:
+        unit = max(self.divisibility, step)
         if unit > 1:
             return tuple(max(unit, round(side / unit) * unit) for side in (height, width))
         return max(int(height), 1), max(int(width), 1)
