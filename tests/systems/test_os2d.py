@@ -9,12 +9,13 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from factories import ROOT, random_query, random_support, random_support_set
 from PIL import Image
-from test_os2d_losses import naive_nms
+from test_os2d_losses import naive_chunks, naive_nms
 from torch import nn
 from torch.testing import assert_close
 
 from fewshot_d2 import Support, SupportFeatures, SupportSet, load_config
 from fewshot_d2.checkpoint import FewShotCheckpointer
+from fewshot_d2.support_augmentation import SupportAugmentation
 from fewshot_d2.systems.os2d import geometry
 from fewshot_d2.systems.os2d.matchers import unit_maps
 from fewshot_d2.systems.os2d.patches import patches_around
@@ -86,10 +87,10 @@ def test_resizing_is_that_of_pillow(rng):
         assert (found - wanted).abs().max() < 1.01
 
 
-def naive_detections(model, query, features, k, shots):
-    """Boxes of a class, by one matcher call for each level and class image, and by NMS in a loop."""
+def naive_candidates(model, query, features, k, shots):
+    """Clipped boxes and scores of a class, for each class image and level in turn, by one matcher call each."""
     original = torch.tensor([query["width"], query["height"]] * 2)
-    boxes, scores = [], []
+    parts = []
     for shot in shots:
         for size in model.scales.levels(tuple(query["image"].shape[1:]), (0, 0), []):
             maps = unit_maps(model.backbone(model._resized(query["image"], size)[None])["res4"])
@@ -98,9 +99,14 @@ def naive_detections(model, query, features, k, shots):
             limit = torch.tensor([size[1], size[0]] * 2)
             clipped = found.boxes[0].clamp(min=0).minimum(limit)
             kept = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-            boxes.append((clipped * original / limit)[kept])
-            scores.append(found.scores[0][kept])
-    boxes, scores = torch.cat(boxes), torch.cat(scores)
+            parts.append(((clipped * original / limit)[kept], found.scores[0][kept]))
+    return parts
+
+
+def naive_detections(model, query, features, k, shots):
+    """Boxes of a class by NMS in a loop."""
+    parts = naive_candidates(model, query, features, k, shots)
+    boxes, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     kept = naive_nms(boxes, scores.tolist(), 0.3)
     return boxes[kept], scores[kept]
 
@@ -138,6 +144,33 @@ def test_chunks_batches_and_stored_features_change_nothing(rng, chunk):
         (alone,) = model([stored])
         assert_close(found.scores, alone["instances"].scores, atol=1e-6, rtol=0)
         assert torch.equal(found.pred_classes, alone["instances"].pred_classes)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@torch.no_grad()
+def test_nms_in_chunks_takes_class_images_one_by_one_each_with_its_levels(rng, chunk):
+    """Whatever is matched at once."""
+    keys = ("MODEL.OS2D.PYRAMID", (0.7, 1.0), "MODEL.OS2D.NMS_CHUNK", 5)
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", chunk, *keys)
+    # Small boxes, few of which overlap.
+    model.matcher.transform_net.linear.bias.copy_(torch.tensor([0.15, 0, 0.15, 0]))
+    query = random_query(rng, random_support_set(rng, ways=2, shots=3), side=128)
+    found = model([query])[0]["instances"]
+    features = model.encode_support([query["support"]])
+    wrong = 0
+    for k in range(2):
+        images = naive_candidates(model, query, features, k, [0, 1, 2])
+        boxes, scores = (torch.cat(parts) for parts in zip(*images, strict=True))
+        kept = naive_chunks(boxes, scores, 0.3, 5)
+        of_class = found[found.pred_classes == k]
+        assert_close(of_class.scores, scores[kept].sort(descending=True).values, atol=1e-6, rtol=0)
+        # Level by level, all class images of each, is another order and gives other boxes.
+        boxes, scores = (
+            torch.cat(parts) for parts in zip(*(images[::2] + images[1::2]), strict=True)
+        )
+        other = scores[naive_chunks(boxes, scores, 0.3, 5)].sort(descending=True).values
+        wrong += len(other) != len(kept) or not torch.allclose(other, of_class.scores, atol=1e-6)
+    assert wrong
 
 
 @torch.no_grad()
@@ -245,6 +278,32 @@ def test_hard_patches_have_the_losses_of_their_places(rng):
     assert_close(patches["losses"][patches["kind"] == 1], losses[losses > 0])
 
 
+def test_hard_patches_are_searched_a_chunk_at_a_time(rng, monkeypatch):
+    queries = [
+        large_objects(random_query(rng, random_support_set(rng, ways=5), side=side))
+        for side in (240, 256)
+    ]
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 100)
+    at_once = model.hard_patches(queries)
+    model, sizes = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 2), []
+    forward = model.matcher.forward
+    monkeypatch.setattr(
+        model.matcher, "forward", lambda i, f, c: sizes.append(sum(c)) or forward(i, f, c)
+    )
+    for some, every in zip(model.hard_patches(queries), at_once, strict=True):
+        assert set(some["kind"].tolist()) == set(every["kind"].tolist()) >= {0, 2}
+        rows = [
+            torch.cat([p["boxes"], p["kind"][:, None], p["classes"][:, None]], dim=1).tolist()
+            for p in (some, every)
+        ]
+        assert sorted(rows[0]) == sorted(rows[1])
+        assert_close(some["losses"].sum(), every["losses"].sum(), atol=1e-4, rtol=1e-5)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+    support = model.encode_support([queries[0]["support"]])[[]]
+    (nothing,) = model.hard_patches([{**queries[0], "support": None, "support_features": support}])
+    assert {len(tensor) for tensor in nothing.values()} == {0}
+
+
 def test_patches_are_floored_to_cells_and_shifted_inside():
     anchors = geometry.anchors((20, 30), torch.device("cpu"))
     patches = patches_around(anchors, (320, 470), 100)
@@ -270,6 +329,45 @@ def test_thin_class_images_and_queries_smaller_than_a_cell(rng):
             found = model([query])[0]["instances"]
             assert len(found) and torch.isfinite(found.scores).all()
             assert found.pred_boxes.nonempty().all()
+
+
+@torch.no_grad()
+def test_half_precision_is_near_full_precision(rng):
+    """bfloat16 on a CPU, on a map that full precision would take to the frequency domain."""
+    for version in ("v1", "v2"):
+        model = tiny(version)
+        query = random_query(rng, random_support_set(rng), side=224)
+        (full,) = model.score_maps(query, model.encode_support([query["support"]]))
+        with torch.autocast("cpu", torch.bfloat16):
+            (half,) = model.score_maps(query, model.encode_support([query["support"]]))
+            found = model([query])[0]["instances"]
+        assert half.dtype == found.pred_boxes.tensor.dtype == torch.float32
+        assert 0 < (half - full).abs().max() < 5e-3
+        assert torch.isfinite(found.pred_boxes.tensor).all()
+
+
+@torch.no_grad()
+def test_turned_examples_are_turned_class_images(rng):
+    """The original turns the resized, normalised class image; here the example is turned, then resized."""
+    model = tiny("v1", "MODEL.OS2D.CLASS_SIZE", 240)
+    turn = SupportAugmentation(rotations=(90, 180, 270), mirror=True)
+    for shape in ((50, 70), (335, 150), (1, 9)):
+        shot = random_support(rng, shape)
+        upright, mirror, *rest = [s.image for s in turn.shots([shot])]
+        resized = model._resized(upright, model._class_size(shape))
+        turned = [resized.rot90(quarter, (1, 2)) for quarter in (1, 2, 3)]
+        expected = [resized.flip(2), *turned]
+        for image, wanted in zip([mirror, *rest[::2]], expected, strict=True):
+            found = model._resized(image, model._class_size(tuple(image.shape[1:])))
+            # A grey level, where rounding falls otherwise.
+            assert_close(found, wanted, atol=1.01 / 57.0, rtol=0)
+
+
+def test_sizes_of_class_images_are_rounded_in_training_alone(rng):
+    model = tiny("v1", "MODEL.OS2D.TRAIN_CLASS_STEP", 32, "MODEL.OS2D.CLASS_SIZE", 240)
+    assert model.train()._class_size((150, 335)) == (160, 352)
+    assert model.eval()._class_size((150, 335)) == (160, 358)
+    assert tiny("v1", "MODEL.OS2D.CLASS_SIZE", 240).train()._class_size((150, 335)) == (160, 358)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
+from fewshot_d2.modeling import losses
 from fewshot_d2.modeling.losses import contrastive_loss, hinges, ranked_list_loss
 from fewshot_d2.systems.os2d.detections import chunked_nms
 from fewshot_d2.systems.os2d.objective import Objective
@@ -81,6 +82,23 @@ def test_weights_fall_a_thousandfold_to_the_margin():
         negative.grad[0] / negative.grad[1], torch.tensor(1000.0).double(), rtol=1e-3, atol=0
     )
     assert_close(negative.grad.sum(), torch.tensor(1.0).double())
+
+
+def test_small_weights_times_positives_are_dropped_and_the_rest_stays(monkeypatch):
+    """Weights 0.5 and 0.4995 of two classes' hardest, a thousandth of it for one at the margin."""
+    monkeypatch.setattr(losses, "_LEAST_WEIGHT", 1.2e-3)
+    scores = torch.tensor([0.9, 0.5 + 1e-6, 0.8, 0.0, 0.0, 0.0], dtype=torch.float64)
+    classes = torch.tensor([0, 0, 1, 0, 1, 1])
+    gradients = []
+    for labels in ([0, 0, 0, 1, -1, -1], [0, 0, 0, 1, 1, 1]):
+        labels = torch.tensor(labels)
+        positive, negative = hinges(scores, scores, labels, (0.6, 0.5))
+        negative = negative.requires_grad_()
+        ranked_list_loss(positive, negative, labels, classes, num_classes=2)[1].backward()
+        gradients.append(negative.grad[:3])
+    small = 0.5 / 1001
+    assert_close(gradients[0], torch.tensor([0.5 - small, 0, 0.5]).double(), rtol=1e-4, atol=0)
+    assert_close(gradients[1], torch.tensor([0.5 - small, small, 0.5]).double(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("loss", [contrastive_loss, ranked_list_loss])

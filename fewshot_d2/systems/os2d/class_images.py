@@ -52,29 +52,3 @@ class LabelledMatches:
     matches: Matches
     targets: Targets
     anchors: Tensor
-
-
-def by_class(
-    parts: list[dict[str, Tensor]], order: list[int], num_shots: list[int]
-) -> dict[str, Tensor]:
-    """Join chunks of encoded class images.
-
-    Args:
-        parts: {name: Tensor[B, ...]} of each chunk. order: numbers of the class images in them, class after class.
-        num_shots: of each of the K classes, S at most.
-
-    Returns:
-        {name: Tensor[K, S, ...]}: zero where a class has fewer.
-    """
-    most = max(num_shots)
-    # Behind all images is a row of zeros.
-    places = torch.full((len(num_shots) * most,), len(order))
-    wanted = [k * most + s for k, shots in enumerate(num_shots) for s in range(shots)]
-    places[torch.tensor(wanted)] = torch.tensor(order).argsort()
-    index = places.to(parts[0]["valid"].device)
-    joined = {}
-    for name, first in parts[0].items():
-        nothing = first.new_zeros(1, *first.shape[1:])
-        rows = torch.cat([*(part[name] for part in parts), nothing]).index_select(0, index)
-        joined[name] = rows.unflatten(0, (len(num_shots), most))
-    return joined

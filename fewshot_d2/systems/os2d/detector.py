@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...modeling.detector import FewShotDetector, Pairs
 from ...structures import SupportFeatures, SupportSet
 from . import geometry
-from .class_images import ClassImages, LabelledMatches, by_class
+from .class_images import ClassImages, LabelledMatches
 from .detections import Candidates, Merging
 from .matchers import AlignedMatcher, Matches, WindowMatcher, unit_maps
 from .objective import Objective
@@ -145,19 +145,30 @@ class OS2D(FewShotDetector):
         of_size = defaultdict(list)
         for number, crop in enumerate(crops):
             of_size[self._class_size(tuple(crop.shape[1:]))].append(number)
-        parts, order = [], []
+        shape = len(classes), max(map(len, classes), default=1)
+        places = [k * shape[1] + s for k, shots in enumerate(classes) for s in range(len(shots))]
+        tensors: dict[str, Tensor] = {}
         for size, numbers in of_size.items():
             for start in range(0, len(numbers), self.pairs_per_chunk):
                 chosen = numbers[start : start + self.pairs_per_chunk]
-                images = torch.stack([self._resized(crops[i], size) for i in chosen])
-                encoded = self.matcher.encode(self.backbone(images)[self.feature], size)
-                areas = [crops[i].shape[1] * crops[i].shape[2] for i in chosen]
-                encoded["sizes"] = images.new_tensor(areas).sqrt()
-                encoded["valid"] = images.new_ones(len(chosen))
-                parts.append(encoded)
-                order += chosen
-        tensors = by_class(parts, order, [len(shots) for shots in classes])
+                index = torch.tensor([places[i] for i in chosen], device=self.device)
+                for name, values in self._encoded([crops[i] for i in chosen], size).items():
+                    if name not in tensors:
+                        tensors[name] = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
+                    tensors[name].index_copy_(0, index, values)
+        tensors = {name: values.unflatten(0, shape) for name, values in tensors.items()}
         return self.support_features(tensors, support_sets)
+
+    def _encoded(self, crops: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Tensors (each Tensor[B, ...]) of B class images (uint8[3, h, w]) resized to one size."""
+        images = torch.stack([self._resized(crop, size) for crop in crops])
+        encoded = self.matcher.encode(self.backbone(images)[self.feature], size)
+        areas = [crop.shape[1] * crop.shape[2] for crop in crops]
+        return {
+            **encoded,
+            "sizes": images.new_tensor(areas).sqrt(),
+            "valid": images.new_ones(len(crops)),
+        }
 
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
         """The first example's cells: what is compared."""

@@ -90,9 +90,8 @@ def assign(
         return nothing, nothing
     best, position = overlaps(boxes, truth).max(dim=1)
     high, low = thresholds
-    labels = torch.full_like(position, IGNORED)
-    labels[best < low] = NEGATIVE
-    labels[(best >= high) & ~truth.difficult[position]] = POSITIVE
+    labels = torch.where(best < low, NEGATIVE, IGNORED)
+    labels = labels.masked_fill((best >= high) & ~truth.difficult[position], POSITIVE)
     return labels, position
 
 
