@@ -63,10 +63,8 @@ class Scales:
         if self.by_exemplars and len(exemplars):
             median = sorted(exemplars)[(len(exemplars) - 1) // 2]
             first = min(max(original) * self.class_size / median, self.max_image_size)
-        return [
-            self._whole(given[0] * level * first / longer, given[1] * level * first / longer)
-            for level in self.pyramid
-        ]
+        ratios = [level * first / longer for level in self.pyramid]
+        return [self._whole(given[0] * ratio, given[1] * ratio) for ratio in ratios]
 
     def _whole(self, height: float, width: float, step: int = 0) -> Size:
         unit = max(self.divisibility, step)
