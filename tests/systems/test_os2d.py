@@ -1,6 +1,10 @@
 """OS2D as a detector: supports, pyramid, merging, training, patches, odd input and the converter."""
 
 import dataclasses
+import multiprocessing
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +16,13 @@ from PIL import Image
 from test_os2d_losses import naive_chunks, naive_nms
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewshot_d2 import Support, SupportFeatures, SupportSet, load_config
 from fewshot_d2.checkpoint import FewShotCheckpointer
 from fewshot_d2.support_augmentation import SupportAugmentation
 from fewshot_d2.systems.os2d import geometry
+from fewshot_d2.systems.os2d.detections import Merging
 from fewshot_d2.systems.os2d.matchers import unit_maps
 from fewshot_d2.systems.os2d.patches import patches_around
 from fewshot_d2.systems.os2d.release import convert, convert_file
@@ -227,6 +233,35 @@ def test_losses_of_queries_of_several_sizes(rng, version, overrides):
             assert_close(loss, again[name], atol=1e-5, rtol=1e-4)
 
 
+class Counted(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_no_operators_that_sort_or_grow_with_queries(rng):
+    """On CUDA ``index_put`` in backward passes sorts, and each launch and each question costs, whatever the size."""
+    support = random_support_set(rng)
+    made = {}
+    for number in (2, 4):
+        model = tiny().train()
+        queries = [large_objects(random_query(rng, support, side=240)) for _ in range(number)]
+        with Counted() as counted:
+            sum(model(queries).values()).backward()
+        made[number] = counted.calls
+    assert (
+        not made[4]["index_put"] and not made[4]["index_put_"] and not made[4]["_index_put_impl_"]
+    )
+    # Views among them.
+    assert made[4].total() - made[2].total() < 2 * 160
+
+
 def test_difficult_objects_are_no_target(rng):
     model = tiny().train()
     query = large_objects(random_query(rng, random_support_set(rng, ways=1), side=256))
@@ -381,25 +416,59 @@ def test_no_class_at_all(rng):
     assert not len(model([{**query, "support_features": features[[]]}])[0]["instances"])
 
 
-@torch.no_grad()
-def test_a_thousand_classes_are_matched_in_chunks(rng, monkeypatch):
-    """Of the maps of places there are never more than those of a chunk."""
-    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 16)
+def thousand_classes(model, rng):
+    """One class a thousand times."""
     one = model.encode_support([random_support_set(rng, ways=1)])
-    many = SupportFeatures(
-        {name: t.expand(1000, *t.shape[1:]) for name, t in one.tensors.items()},
-        list(range(1000)),
-        system="OS2D",
-    )
-    sizes, forward = [], model.matcher.forward
+    tensors = {name: t.repeat(1000, *[1] * (t.dim() - 1)) for name, t in one.tensors.items()}
+    return SupportFeatures(tensors, list(range(1000)), system="OS2D")
+
+
+@torch.no_grad()
+def test_a_thousand_classes_are_matched_and_merged_in_chunks(rng, monkeypatch):
+    """Of the maps of places and of boxes there are never more than those of a chunk and a class."""
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 16)
+    many = thousand_classes(model, rng)
+    sizes, merged, forward, survivors = [], [], model.matcher.forward, Merging.survivors
     monkeypatch.setattr(
         model.matcher, "forward", lambda i, f, c: sizes.append(len(i["cells"])) or forward(i, f, c)
+    )
+    monkeypatch.setattr(
+        Merging, "survivors", lambda self, c: merged.append(len(c.scores)) or survivors(self, c)
     )
     query = random_query(rng, random_support_set(rng), side=32)
     del query["support"]
     found = model([{**query, "support_features": many}])[0]["instances"]
     assert max(sizes) == 16 and sum(sizes) == 1000
+    assert max(merged) <= (16 + 1) * 2 * 2 and sum(merged) == 1000 * 2 * 2
     assert found.pred_classes.unique().tolist() == list(range(1000))
+
+
+def measured_growth():
+    """Megabytes that 1,000 classes cost at their most on top of a single chunk; for a process of its own."""
+
+    def most():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+    torch.set_num_threads(1)
+    rng = torch.Generator().manual_seed(0)
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 16)
+    query = random_query(rng, random_support_set(rng), side=96)
+    del query["support"]
+    with torch.no_grad():
+        many = thousand_classes(model, rng)
+        model([{**query, "support_features": many[range(16)]}])
+        before = most()
+        model([{**query, "support_features": many}])
+    return most() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_a_thousand_classes_is_that_of_a_chunk():
+    """All at once, the correlation alone would have 32 MB and the sampled places 70."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        growth = pool.submit(measured_growth).result(timeout=120)
+    assert growth < 25
 
 
 @pytest.mark.parametrize(
