@@ -272,12 +272,17 @@ class SupportFeatures:
 def cat_padded(tensors: Sequence[Tensor]) -> Tensor:
     """Join (K, M, ...) tensors along K; where M, say the number of shots, differs, zeros fill the shorter ones.
 
-    Which of the M are real is for another tensor to say, a mask that is joined in the same way.
+    Which of the M are real is for another tensor to say, a mask that is joined in the same way. A single tensor is not
+    copied: features of a thousand classes are large.
     """
+    if len(tensors) == 1:
+        return tensors[0]
     if tensors[0].dim() > 1:
         longest = max(t.shape[1] for t in tensors)
         tensors = [
-            torch.cat([t, t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:])], dim=1)
+            t
+            if t.shape[1] == longest
+            else torch.cat([t, t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:])], dim=1)
             for t in tensors
         ]
     return torch.cat(list(tensors))

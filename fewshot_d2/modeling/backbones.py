@@ -318,7 +318,8 @@ def torchvision_part(
         out_features=out_features,
         after=after,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        channels_last=node.CHANNELS_LAST,
+        # On CUDA, depth-wise convolutions in float32 would leave PyTorch's own kernels for slower ones.
+        channels_last=node.CHANNELS_LAST and cfg.MODEL.DEVICE == "cpu",
     )
 
 

@@ -91,7 +91,8 @@ def _transforms(step: int, like: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor],
 def is_worth_transforming(maps: Tensor) -> bool:
     """Whether ``fourier_conv2d`` serves for maps (Tensor[R, C, H, W]) and is faster than the direct sum."""
     plain = maps.device.type == "cpu" and maps.dtype == torch.float32
-    return plain and not torch.is_grad_enabled() and min(maps.shape[2:]) >= SMALLEST_MAP
+    some = len(maps) > 0 and min(maps.shape[2:]) >= SMALLEST_MAP
+    return plain and some and not torch.is_grad_enabled()
 
 
 def fourier_conv2d(maps: Tensor, kernel: FourierKernel, bias: Tensor | None = None) -> Tensor:

@@ -151,20 +151,21 @@ def contrastive_loss(
 
 
 def ranked_list_loss(
-    positive: Tensor, negative: Tensor, labels: Tensor, classes: Tensor
+    positive: Tensor, negative: Tensor, labels: Tensor, classes: Tensor, *, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Hinges with weights that grow with the loss of a negative, each class with its own temperature (eq. 5 and 6).
 
     Args:
         positive, negative (Tensor[B]): of ``hinges``. labels (int64[B]).
-        classes (int64[B]): from 0 on; all images of a class are weighted together (OS2D spec 2, item 3).
+        classes (int64[B]): 0..num_classes-1; all images of a class are weighted together (OS2D spec 2, item 3).
+        num_classes: or more.
 
     Returns:
         Two scalars: mean over the positives that have a loss, and mean over the classes with a negative that has one
         of their weighted sums. Without a positive the latter is zero, as in the original.
     """
     first = positive.sum() / (positive > 0).sum().clamp(min=1)
-    losses, num_classes = negative.detach(), int(classes.max()) + 1 if len(classes) else 0
+    losses = negative.detach()
     largest = losses.new_zeros(num_classes).scatter_reduce(0, classes, losses, reduce="amax")
     counts = largest > _LEAST_LOSS
     # From 1 at the largest loss down to 1 / ratio at the margin, where the loss is zero.

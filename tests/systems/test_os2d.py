@@ -1,6 +1,10 @@
 """OS2D as a detector: supports, pyramid, merging, training, patches, odd input and the converter."""
 
 import dataclasses
+import multiprocessing
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +13,16 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from factories import ROOT, random_query, random_support, random_support_set
 from PIL import Image
-from test_os2d_losses import naive_nms
+from test_os2d_losses import naive_chunks, naive_nms
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewshot_d2 import Support, SupportFeatures, SupportSet, load_config
 from fewshot_d2.checkpoint import FewShotCheckpointer
+from fewshot_d2.support_augmentation import SupportAugmentation
 from fewshot_d2.systems.os2d import geometry
+from fewshot_d2.systems.os2d.detections import Merging
 from fewshot_d2.systems.os2d.matchers import unit_maps
 from fewshot_d2.systems.os2d.patches import patches_around
 from fewshot_d2.systems.os2d.release import convert, convert_file
@@ -86,10 +93,10 @@ def test_resizing_is_that_of_pillow(rng):
         assert (found - wanted).abs().max() < 1.01
 
 
-def naive_detections(model, query, features, k, shots):
-    """Boxes of a class, by one matcher call for each level and class image, and by NMS in a loop."""
+def naive_candidates(model, query, features, k, shots):
+    """Clipped boxes and scores of a class, for each class image and level in turn, by one matcher call each."""
     original = torch.tensor([query["width"], query["height"]] * 2)
-    boxes, scores = [], []
+    parts = []
     for shot in shots:
         for size in model.scales.levels(tuple(query["image"].shape[1:]), (0, 0), []):
             maps = unit_maps(model.backbone(model._resized(query["image"], size)[None])["res4"])
@@ -98,9 +105,14 @@ def naive_detections(model, query, features, k, shots):
             limit = torch.tensor([size[1], size[0]] * 2)
             clipped = found.boxes[0].clamp(min=0).minimum(limit)
             kept = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-            boxes.append((clipped * original / limit)[kept])
-            scores.append(found.scores[0][kept])
-    boxes, scores = torch.cat(boxes), torch.cat(scores)
+            parts.append(((clipped * original / limit)[kept], found.scores[0][kept]))
+    return parts
+
+
+def naive_detections(model, query, features, k, shots):
+    """Boxes of a class by NMS in a loop."""
+    parts = naive_candidates(model, query, features, k, shots)
+    boxes, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     kept = naive_nms(boxes, scores.tolist(), 0.3)
     return boxes[kept], scores[kept]
 
@@ -138,6 +150,33 @@ def test_chunks_batches_and_stored_features_change_nothing(rng, chunk):
         (alone,) = model([stored])
         assert_close(found.scores, alone["instances"].scores, atol=1e-6, rtol=0)
         assert torch.equal(found.pred_classes, alone["instances"].pred_classes)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@torch.no_grad()
+def test_nms_in_chunks_takes_class_images_one_by_one_each_with_its_levels(rng, chunk):
+    """Whatever is matched at once."""
+    keys = ("MODEL.OS2D.PYRAMID", (0.7, 1.0), "MODEL.OS2D.NMS_CHUNK", 5)
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", chunk, *keys)
+    # Small boxes, few of which overlap.
+    model.matcher.transform_net.linear.bias.copy_(torch.tensor([0.15, 0, 0.15, 0]))
+    query = random_query(rng, random_support_set(rng, ways=2, shots=3), side=128)
+    found = model([query])[0]["instances"]
+    features = model.encode_support([query["support"]])
+    wrong = 0
+    for k in range(2):
+        images = naive_candidates(model, query, features, k, [0, 1, 2])
+        boxes, scores = (torch.cat(parts) for parts in zip(*images, strict=True))
+        kept = naive_chunks(boxes, scores, 0.3, 5)
+        of_class = found[found.pred_classes == k]
+        assert_close(of_class.scores, scores[kept].sort(descending=True).values, atol=1e-6, rtol=0)
+        # Level by level, all class images of each, is another order and gives other boxes.
+        boxes, scores = (
+            torch.cat(parts) for parts in zip(*(images[::2] + images[1::2]), strict=True)
+        )
+        other = scores[naive_chunks(boxes, scores, 0.3, 5)].sort(descending=True).values
+        wrong += len(other) != len(kept) or not torch.allclose(other, of_class.scores, atol=1e-6)
+    assert wrong
 
 
 @torch.no_grad()
@@ -194,6 +233,35 @@ def test_losses_of_queries_of_several_sizes(rng, version, overrides):
             assert_close(loss, again[name], atol=1e-5, rtol=1e-4)
 
 
+class Counted(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_no_operators_that_sort_or_grow_with_queries(rng):
+    """On CUDA ``index_put`` in backward passes sorts, and each launch and each question costs, whatever the size."""
+    support = random_support_set(rng)
+    made = {}
+    for number in (2, 4):
+        model = tiny().train()
+        queries = [large_objects(random_query(rng, support, side=240)) for _ in range(number)]
+        with Counted() as counted:
+            sum(model(queries).values()).backward()
+        made[number] = counted.calls
+    assert (
+        not made[4]["index_put"] and not made[4]["index_put_"] and not made[4]["_index_put_impl_"]
+    )
+    # Views among them.
+    assert made[4].total() - made[2].total() < 2 * 160
+
+
 def test_difficult_objects_are_no_target(rng):
     model = tiny().train()
     query = large_objects(random_query(rng, random_support_set(rng, ways=1), side=256))
@@ -245,14 +313,41 @@ def test_hard_patches_have_the_losses_of_their_places(rng):
     assert_close(patches["losses"][patches["kind"] == 1], losses[losses > 0])
 
 
+def test_hard_patches_are_searched_a_chunk_at_a_time(rng, monkeypatch):
+    queries = [
+        large_objects(random_query(rng, random_support_set(rng, ways=5), side=side))
+        for side in (240, 256)
+    ]
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 100)
+    at_once = model.hard_patches(queries)
+    model, sizes = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 2), []
+    forward = model.matcher.forward
+    monkeypatch.setattr(
+        model.matcher, "forward", lambda i, f, c: sizes.append(sum(c)) or forward(i, f, c)
+    )
+    for some, every in zip(model.hard_patches(queries), at_once, strict=True):
+        assert set(some["kind"].tolist()) == set(every["kind"].tolist()) >= {0, 2}
+        rows = [
+            torch.cat([p["boxes"], p["kind"][:, None], p["classes"][:, None]], dim=1).tolist()
+            for p in (some, every)
+        ]
+        assert sorted(rows[0]) == sorted(rows[1])
+        assert_close(some["losses"].sum(), every["losses"].sum(), atol=1e-4, rtol=1e-5)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+    support = model.encode_support([queries[0]["support"]])[[]]
+    (nothing,) = model.hard_patches([{**queries[0], "support": None, "support_features": support}])
+    assert {len(tensor) for tensor in nothing.values()} == {0}
+
+
 def test_patches_are_floored_to_cells_and_shifted_inside():
     anchors = geometry.anchors((20, 30), torch.device("cpu"))
     patches = patches_around(anchors, (320, 470), 100)
     expected = [
-        min(max((x - 50) // 16 * 16, 0), limit) for x, limit in ((16 * 12.5, 370), (16 * 7.5, 220))
+        min(max((x - 50) // 16 * 16, 0), limit) for x, limit in ((16 * 12.5, 368), (16 * 7.5, 208))
     ]
     assert patches[7 * 30 + 12].tolist() == [*expected, expected[0] + 100, expected[1] + 100]
-    assert patches[-1].tolist() == [370, 220, 470, 320]
+    # As far inside as the grid of cells needs.
+    assert patches[-1].tolist() == [368, 208, 468, 308]
     # A query smaller than the patch: its corner, and beyond its edges.
     assert patches_around(anchors[:1], (50, 60), 100).tolist() == [[0, 0, 100, 100]]
 
@@ -272,6 +367,45 @@ def test_thin_class_images_and_queries_smaller_than_a_cell(rng):
 
 
 @torch.no_grad()
+def test_half_precision_is_near_full_precision(rng):
+    """bfloat16 on a CPU, on a map that full precision would take to the frequency domain."""
+    for version in ("v1", "v2"):
+        model = tiny(version)
+        query = random_query(rng, random_support_set(rng), side=224)
+        (full,) = model.score_maps(query, model.encode_support([query["support"]]))
+        with torch.autocast("cpu", torch.bfloat16):
+            (half,) = model.score_maps(query, model.encode_support([query["support"]]))
+            found = model([query])[0]["instances"]
+        assert half.dtype == found.pred_boxes.tensor.dtype == torch.float32
+        assert 0 < (half - full).abs().max() < 5e-3
+        assert torch.isfinite(found.pred_boxes.tensor).all()
+
+
+@torch.no_grad()
+def test_turned_examples_are_turned_class_images(rng):
+    """The original turns the resized, normalised class image; here the example is turned, then resized."""
+    model = tiny("v1", "MODEL.OS2D.CLASS_SIZE", 240)
+    turn = SupportAugmentation(rotations=(90, 180, 270), mirror=True)
+    for shape in ((50, 70), (335, 150), (1, 9)):
+        shot = random_support(rng, shape)
+        upright, mirror, *rest = [s.image for s in turn.shots([shot])]
+        resized = model._resized(upright, model._class_size(shape))
+        turned = [resized.rot90(quarter, (1, 2)) for quarter in (1, 2, 3)]
+        expected = [resized.flip(2), *turned]
+        for image, wanted in zip([mirror, *rest[::2]], expected, strict=True):
+            found = model._resized(image, model._class_size(tuple(image.shape[1:])))
+            # A grey level, where rounding falls otherwise.
+            assert_close(found, wanted, atol=1.01 / 57.0, rtol=0)
+
+
+def test_sizes_of_class_images_are_rounded_in_training_alone(rng):
+    model = tiny("v1", "MODEL.OS2D.TRAIN_CLASS_STEP", 32, "MODEL.OS2D.CLASS_SIZE", 240)
+    assert model.train()._class_size((150, 335)) == (160, 352)
+    assert model.eval()._class_size((150, 335)) == (160, 358)
+    assert tiny("v1", "MODEL.OS2D.CLASS_SIZE", 240).train()._class_size((150, 335)) == (160, 358)
+
+
+@torch.no_grad()
 def test_no_class_at_all(rng):
     model = tiny()
     with pytest.raises(ValueError, match="at least one class"):
@@ -282,25 +416,59 @@ def test_no_class_at_all(rng):
     assert not len(model([{**query, "support_features": features[[]]}])[0]["instances"])
 
 
-@torch.no_grad()
-def test_a_thousand_classes_are_matched_in_chunks(rng, monkeypatch):
-    """Of the maps of places there are never more than those of a chunk."""
-    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 16)
+def thousand_classes(model, rng):
+    """One class a thousand times."""
     one = model.encode_support([random_support_set(rng, ways=1)])
-    many = SupportFeatures(
-        {name: t.expand(1000, *t.shape[1:]) for name, t in one.tensors.items()},
-        list(range(1000)),
-        system="OS2D",
-    )
-    sizes, forward = [], model.matcher.forward
+    tensors = {name: t.repeat(1000, *[1] * (t.dim() - 1)) for name, t in one.tensors.items()}
+    return SupportFeatures(tensors, list(range(1000)), system="OS2D")
+
+
+@torch.no_grad()
+def test_a_thousand_classes_are_matched_and_merged_in_chunks(rng, monkeypatch):
+    """Of the maps of places and of boxes there are never more than those of a chunk and a class."""
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 16)
+    many = thousand_classes(model, rng)
+    sizes, merged, forward, survivors = [], [], model.matcher.forward, Merging.survivors
     monkeypatch.setattr(
         model.matcher, "forward", lambda i, f, c: sizes.append(len(i["cells"])) or forward(i, f, c)
+    )
+    monkeypatch.setattr(
+        Merging, "survivors", lambda self, c: merged.append(len(c.scores)) or survivors(self, c)
     )
     query = random_query(rng, random_support_set(rng), side=32)
     del query["support"]
     found = model([{**query, "support_features": many}])[0]["instances"]
     assert max(sizes) == 16 and sum(sizes) == 1000
+    assert max(merged) <= (16 + 1) * 2 * 2 and sum(merged) == 1000 * 2 * 2
     assert found.pred_classes.unique().tolist() == list(range(1000))
+
+
+def measured_growth():
+    """Megabytes that 1,000 classes cost at their most on top of a single chunk; for a process of its own."""
+
+    def most():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+    torch.set_num_threads(1)
+    rng = torch.Generator().manual_seed(0)
+    model = tiny("v1", "FEWSHOT.PAIRS_PER_CHUNK", 16)
+    query = random_query(rng, random_support_set(rng), side=96)
+    del query["support"]
+    with torch.no_grad():
+        many = thousand_classes(model, rng)
+        model([{**query, "support_features": many[range(16)]}])
+        before = most()
+        model([{**query, "support_features": many}])
+    return most() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_a_thousand_classes_is_that_of_a_chunk():
+    """All at once, the correlation alone would have 32 MB and the sampled places 70."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        growth = pool.submit(measured_growth).result(timeout=120)
+    assert growth < 25
 
 
 @pytest.mark.parametrize(
@@ -393,6 +561,23 @@ def test_other_files_are_refused(change, tmp_path):
     with pytest.raises(ValueError, match="x.pth"):
         convert_file(tmp_path / "x.pth", tmp_path / "y.pth")
     assert not (tmp_path / "y.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["R_50_grozi_v1", "R_50_grozi_v2", "flickrlogos27_v1"])
+def test_configs_have_the_schedule_and_the_augmentation_of_the_original(name):
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"])
+    assert cfg.FEWSHOT.MAPPER == "PatchMapper"
+    assert cfg.SOLVER.MOMENTUM == 0.9 and cfg.SOLVER.WEIGHT_DECAY_NORM == cfg.SOLVER.WEIGHT_DECAY
+    assert cfg.FEWSHOT.NUM_WAYS + cfg.FEWSHOT.NUM_ABSENT_WAYS <= 15
+    if name.startswith("R_50"):
+        solver = cfg.SOLVER
+        assert cfg.INPUT.RANDOM_FLIP == "none"
+        assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.CLIP_GLOBAL_NORM) == (1e-4, 1e-4, 100)
+        assert (solver.STEPS, solver.MAX_ITER) == ((100000, 150000), 200000)
+        assert (solver.IMS_PER_BATCH, solver.WARMUP_ITERS) == (4, 0)
+        assert cfg.MODEL.BACKBONE.FREEZE_AT == 0 and not cfg.MODEL.RESNETS.STRIDE_IN_1X1
+        assert (5000 if name.endswith("v2") else 0) == cfg.FEWSHOT.MINING.PERIOD
+        assert (0.0 if name.endswith("v2") else 0.2) == cfg.MODEL.OS2D.LOCALIZATION_WEIGHT
 
 
 def test_release_of_the_paper_has_the_published_number_of_weights():

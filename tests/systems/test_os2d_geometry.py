@@ -91,6 +91,19 @@ def test_one_singular_matrix_changes_its_whole_chunk():
     assert_close(flat[7], torch.tensor([1e5, 0, 0, 0, 1e5, 0]), rtol=1e-4, atol=1e-4)
 
 
+def test_matrices_that_stay_singular_give_finite_boxes_corners_and_gradients():
+    """What is added to the diagonal can be just what makes it zero."""
+    parameters = torch.zeros(1, 6, 4)
+    parameters[0, 0] = torch.tensor([-1e-5, 1.0, 1e-38, 0.0])
+    parameters[0, 4, 1] = 1.0
+    parameters.requires_grad_()
+    matrices = geometry.to_matrices(parameters, inverse=True)
+    boxes, corners = geometry.to_boxes(matrices, (2, 2)), geometry.to_corners(matrices, (2, 2))
+    assert torch.isfinite(boxes).all() and torch.isfinite(corners).all()
+    boxes.sum().backward()
+    assert torch.isfinite(parameters.grad).all()
+
+
 def naive_labels(boxes, truth, high, low):
     labels = torch.zeros(boxes.shape[:2], dtype=torch.int64)
     matched = torch.zeros_like(labels)
@@ -170,6 +183,11 @@ def test_class_images_keep_their_shape_and_get_an_area():
 def test_levels_scale_the_longer_side():
     levels = scales(image_size=1280, pyramid=(0.5, 1.0, 1.6)).levels((300, 400), (600, 800), [])
     assert levels == [(480, 640), (960, 1280), (1536, 2048)]
+    # Numbers that are whole but for rounding stay whole: 1.4 * 1280 of an image of 3264.
+    pyramid = (0.5, 0.625, 0.8, 1.0, 1.2, 1.4, 1.6)
+    widths = [640, 800, 1024, 1280, 1536, 1792, 2048]
+    grozi = scales(image_size=1280, pyramid=pyramid).levels((2448, 3264), (1, 1), [])
+    assert grozi == [(w * 3 // 4, w) for w in widths]
     assert scales().levels((30, 41), (600, 800), []) == [(30, 41)]
     assert scales(divisibility=16, image_size=10).levels((3, 4), (3, 4), []) == [(16, 16)]
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
+from fewshot_d2.modeling import losses
 from fewshot_d2.modeling.losses import contrastive_loss, hinges, ranked_list_loss
 from fewshot_d2.systems.os2d.detections import chunked_nms
 from fewshot_d2.systems.os2d.objective import Objective
@@ -50,7 +51,7 @@ def test_losses_are_those_of_loops(rng, margins):
     labels[classes == 3] = labels[classes == 3].abs()
     positive, negative = hinges(scores, scores, labels, margins)
     first, second = naive_ranked_list(scores, labels, classes, margins)
-    found = ranked_list_loss(positive, negative, labels, classes)
+    found = ranked_list_loss(positive, negative, labels, classes, num_classes=5)
     assert_close(found[0].item(), first, rtol=0, atol=1e-5)
     assert_close(found[1].item(), second, rtol=0, atol=1e-5)
     of_positives, of_negatives = naive_hinges(scores.tolist(), labels.tolist(), margins)
@@ -76,11 +77,28 @@ def test_weights_fall_a_thousandfold_to_the_margin():
     labels, classes = torch.tensor([0, 0, 1]), torch.zeros(3).long()
     positive, negative = hinges(scores, scores, labels, (0.6, 0.5))
     negative = negative.requires_grad_()
-    ranked_list_loss(positive, negative, labels, classes)[1].backward()
+    ranked_list_loss(positive, negative, labels, classes, num_classes=1)[1].backward()
     assert_close(
         negative.grad[0] / negative.grad[1], torch.tensor(1000.0).double(), rtol=1e-3, atol=0
     )
     assert_close(negative.grad.sum(), torch.tensor(1.0).double())
+
+
+def test_small_weights_times_positives_are_dropped_and_the_rest_stays(monkeypatch):
+    """Weights 0.5 and 0.4995 of two classes' hardest, a thousandth of it for one at the margin."""
+    monkeypatch.setattr(losses, "_LEAST_WEIGHT", 1.2e-3)
+    scores = torch.tensor([0.9, 0.5 + 1e-6, 0.8, 0.0, 0.0, 0.0], dtype=torch.float64)
+    classes = torch.tensor([0, 0, 1, 0, 1, 1])
+    gradients = []
+    for labels in ([0, 0, 0, 1, -1, -1], [0, 0, 0, 1, 1, 1]):
+        labels = torch.tensor(labels)
+        positive, negative = hinges(scores, scores, labels, (0.6, 0.5))
+        negative = negative.requires_grad_()
+        ranked_list_loss(positive, negative, labels, classes, num_classes=2)[1].backward()
+        gradients.append(negative.grad[:3])
+    small = 0.5 / 1001
+    assert_close(gradients[0], torch.tensor([0.5 - small, 0, 0.5]).double(), rtol=1e-4, atol=0)
+    assert_close(gradients[1], torch.tensor([0.5 - small, small, 0.5]).double(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("loss", [contrastive_loss, ranked_list_loss])
@@ -89,8 +107,8 @@ def test_without_positives_and_without_places_the_loss_is_zero_and_has_a_gradien
         scores = torch.full((count,), 0.9, requires_grad=True)
         labels, classes = torch.zeros(count).long(), torch.zeros(count).long()
         positive, negative = hinges(scores, scores, labels, (0.6, 0.5))
-        arguments = (classes,) if loss is ranked_list_loss else ()
-        first, second = loss(positive, negative, labels, *arguments)
+        arguments, more = ((classes,), {"num_classes": 1}) if loss is ranked_list_loss else ((), {})
+        first, second = loss(positive, negative, labels, *arguments, **more)
         assert first == second == 0
         (first + second).backward()
         assert torch.isfinite(scores.grad).all()
@@ -99,7 +117,8 @@ def test_without_positives_and_without_places_the_loss_is_zero_and_has_a_gradien
 def test_gradients_go_to_the_two_scores_by_label(rng):
     scores, labels, classes = places(rng)
     first, second = scores.clone().requires_grad_(), scores.clone().requires_grad_()
-    sum(ranked_list_loss(*hinges(first, second, labels, (0.6, 0.5)), labels, classes)).backward()
+    pair = hinges(first, second, labels, (0.6, 0.5))
+    sum(ranked_list_loss(*pair, labels, classes, num_classes=4)).backward()
     assert first.grad[labels == 1].any() and not first.grad[labels != 1].any()
     assert second.grad[labels == 0].any() and not second.grad[labels != 0].any()
     # The weights of negatives have no gradient, so the losses themselves are checked by differences elsewhere.

@@ -36,6 +36,9 @@ def _add_training(node: CfgNode) -> None:
     # ... and of a predicted box, which then decides for the scores (target remapping).
     node.REMAP_TARGETS = True
     node.REMAP_THRESHOLDS = (0.8, 0.4)
+    # In training, round the sides of class images to multiples of so many pixels; 0: not. On CUDA each new size costs
+    # plans of all convolutions, seconds at first, and the library forgets plans where there are hundreds of sizes.
+    node.TRAIN_CLASS_STEP = 0
     # Side in pixels of the hard patches that are proposed.
     node.PATCH_SIZE = 600
 

@@ -24,12 +24,14 @@ class Candidates:
     Attributes:
         boxes (Tensor[B, 4]), corners (Tensor[B, 8]): pixels of the query as it was given by its user.
         scores (Tensor[B]). classes (int64[B]): 0..K-1.
+        images (int64[B]): numbers of the class images, which ascend with the classes.
     """
 
     boxes: Tensor
     corners: Tensor
     scores: Tensor
     classes: Tensor
+    images: Tensor
 
     def __getitem__(self, index: Tensor) -> "Candidates":
         """Some of them."""
@@ -40,7 +42,8 @@ class Candidates:
         """Not one."""
         shapes = (0, 4), (0, 8), (0,)
         tensors = (torch.zeros(shape, device=device) for shape in shapes)
-        return cls(*tensors, torch.zeros(0, dtype=torch.int64, device=device))
+        numbers = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(2))
+        return cls(*tensors, *numbers)
 
     @staticmethod
     def cat(parts: Sequence["Candidates"]) -> "Candidates":
@@ -69,12 +72,17 @@ class Merging:
     after: int
 
     def candidates(
-        self, matches: Matches, classes: Tensor, size: tuple[int, int], original: tuple[int, int]
+        self,
+        matches: Matches,
+        classes: Tensor,
+        images: Tensor,
+        size: tuple[int, int],
+        original: tuple[int, int],
     ) -> Candidates:
         """The boxes of a level, clipped to its image; without empty and unlikely ones.
 
         Args:
-            matches: of R class images. classes (int64[R]): of each class image.
+            matches: of R class images. classes, images (int64[R]): class and number of each class image.
             size, original: (height, width) of the level's image and of the query.
         """
         boxes = Boxes(_limited(matches.boxes).flatten(0, 1).float())
@@ -82,15 +90,29 @@ class Merging:
         scores = matches.scores.flatten().float()
         kept = (boxes.nonempty() & (scores > self.score_threshold)).nonzero()[:, 0]
         ratio = boxes.tensor.new_tensor([original[1] / size[1], original[0] / size[0]])
+        image = kept // matches.scores.shape[1]
         return Candidates(
             boxes.tensor[kept] * ratio.repeat(2),
             matches.corners.flatten(0, 1)[kept] * ratio.repeat(4),
             scores[kept],
-            classes.repeat_interleave(matches.scores.shape[1])[kept],
+            classes[image],
+            images[image],
         )
 
-    def detections(self, candidates: Candidates, image_size: tuple[int, int]) -> Instances:
-        """NMS class by class, best scores first.
+    def survivors(self, candidates: Candidates) -> Candidates:
+        """What NMS class by class leaves; of each class all candidates must be there.
+
+        In chunks of NMS class image follows class image, each with its levels, as in the original.
+        """
+        order = candidates.images.argsort(stable=True)
+        _, counts = candidates.classes[order].unique_consecutive(return_counts=True)
+        # One class's boxes say nothing of another's: joint NMS with shifted boxes would round them.
+        kept = [self._best(candidates, rows) for rows in order.split(counts.tolist())]
+        return candidates[torch.cat(kept)] if kept else candidates
+
+    @staticmethod
+    def detections(found: Candidates, image_size: tuple[int, int]) -> Instances:
+        """Survivors as detectron2 has them, best scores first.
 
         Args:
             image_size: (height, width) of the query.
@@ -98,11 +120,6 @@ class Merging:
         Returns:
             Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_corners`` (Tensor[B, 8]).
         """
-        order = candidates.classes.argsort(stable=True)
-        counts = candidates.classes.bincount() if len(order) else order
-        # One class's boxes say nothing of another's: joint NMS with shifted boxes would round them.
-        kept = [self._best(candidates, rows) for rows in order.split(counts.tolist())]
-        found = candidates[torch.cat(kept)] if kept else candidates
         found = found[found.scores.argsort(descending=True, stable=True)]
         return Instances(
             image_size,

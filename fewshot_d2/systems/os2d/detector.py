@@ -5,7 +5,6 @@ N queries, K classes, S shots, R class images of a chunk, n = H W places of a ma
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...modeling.detector import FewShotDetector, Pairs
 from ...structures import SupportFeatures, SupportSet
 from . import geometry
+from .class_images import ClassImages, LabelledMatches
 from .detections import Candidates, Merging
 from .matchers import AlignedMatcher, Matches, WindowMatcher, unit_maps
-from .objective import Objective, Targets
+from .objective import Objective
 from .patches import hard_patches
-from .scales import Scales
+from .scales import Scales, Size
 from .targets import GroundTruth
 
 MATCHERS = ("aligned", "window")
-
-
-@dataclass
-class LabelledMatches:
-    """The matches of one query of a batch with what is known about them.
-
-    Attributes:
-        query: its number. classes, rows (int64[R]): of each class image, in the query's support and in the batch's.
-        matches: of R class images. targets: theirs. anchors (Tensor[n, 4]).
-    """
-
-    query: int
-    classes: Tensor
-    rows: Tensor
-    matches: Matches
-    targets: Targets
-    anchors: Tensor
 
 
 @META_ARCH_REGISTRY.register()
@@ -61,6 +44,7 @@ class OS2D(FewShotDetector):
         merging: Merging,
         is_backbone_norm_frozen: bool,
         patch_size: int,
+        class_step: int,
         **kwargs: Any,
     ):
         """Add to the shell.
@@ -70,6 +54,7 @@ class OS2D(FewShotDetector):
             scales, objective, merging: how images are resized, what is learned, what becomes of all boxes.
             is_backbone_norm_frozen: batch norms of the backbone keep their statistics in training.
             patch_size: side in pixels of the patches of ``hard_patches``.
+            class_step: in training, sides of class images are multiples of it; 0 = not.
 
         Raises:
             ValueError: there is no such map, or its stride is not 16.
@@ -85,7 +70,7 @@ class OS2D(FewShotDetector):
         self.matcher, self.feature = matcher, feature
         self.scales, self.objective, self.merging = scales, objective, merging
         self.is_backbone_norm_frozen = is_backbone_norm_frozen
-        self.patch_size = patch_size
+        self.patch_size, self.class_step = patch_size, class_step
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -136,6 +121,7 @@ class OS2D(FewShotDetector):
             ),
             "is_backbone_norm_frozen": node.FREEZE_BACKBONE_NORM,
             "patch_size": node.PATCH_SIZE,
+            "class_step": node.TRAIN_CLASS_STEP,
         }
 
     def train(self, mode: bool = True) -> "OS2D":
@@ -156,26 +142,33 @@ class OS2D(FewShotDetector):
         crops = [self.support_crop(shot).image for shots in classes for shot in shots]
         if self.input_format == "BGR":
             crops = [crop.flip(0) for crop in crops]
-        places = [(k, s) for k, shots in enumerate(classes) for s in range(len(shots))]
-        shape = len(classes), max(map(len, classes), default=1)
         of_size = defaultdict(list)
         for number, crop in enumerate(crops):
-            of_size[self.scales.class_image(tuple(crop.shape[1:]))].append(number)
-        tensors = {name: self.pixel_mean.new_zeros(shape) for name in ("valid", "sizes")}
+            of_size[self._class_size(tuple(crop.shape[1:]))].append(number)
+        shape = len(classes), max(map(len, classes), default=1)
+        places = [k * shape[1] + s for k, shots in enumerate(classes) for s in range(len(shots))]
+        tensors: dict[str, Tensor] = {}
         for size, numbers in of_size.items():
             for start in range(0, len(numbers), self.pairs_per_chunk):
                 chosen = numbers[start : start + self.pairs_per_chunk]
-                images = torch.stack([self._resized(crops[i], size) for i in chosen])
-                encoded = self.matcher.encode(self.backbone(images)[self.feature], size)
-                encoded["valid"] = images.new_ones(len(chosen))
-                areas = [crops[i].shape[1] * crops[i].shape[2] for i in chosen]
-                encoded["sizes"] = images.new_tensor(areas).sqrt()
-                index = torch.tensor([places[i] for i in chosen], device=self.device).unbind(1)
-                for name, values in encoded.items():
+                index = torch.tensor([places[i] for i in chosen], device=self.device)
+                for name, values in self._encoded([crops[i] for i in chosen], size).items():
                     if name not in tensors:
-                        tensors[name] = values.new_zeros(*shape, *values.shape[1:])
-                    tensors[name].index_put_(index, values)
+                        tensors[name] = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
+                    tensors[name].index_copy_(0, index, values)
+        tensors = {name: values.unflatten(0, shape) for name, values in tensors.items()}
         return self.support_features(tensors, support_sets)
+
+    def _encoded(self, crops: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Tensors (each Tensor[B, ...]) of B class images (uint8[3, h, w]) resized to one size."""
+        images = torch.stack([self._resized(crop, size) for crop in crops])
+        encoded = self.matcher.encode(self.backbone(images)[self.feature], size)
+        areas = [crop.shape[1] * crop.shape[2] for crop in crops]
+        return {
+            **encoded,
+            "sizes": images.new_tensor(areas).sqrt(),
+            "valid": images.new_ones(len(crops)),
+        }
 
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
         """The first example's cells: what is compared."""
@@ -194,43 +187,56 @@ class OS2D(FewShotDetector):
     def detect(self, query: dict[str, Any], support: SupportFeatures, rows: list[int]) -> Instances:
         """Search the classes at the given rows in one query, in its original pixels."""
         original = query["height"], query["width"]
-        found = [
-            self.merging.candidates(matches, classes, size, original)
-            for matches, classes, _, size in self._searched(query, support, rows)
-        ]
-        nothing = Candidates.none(self.device)
-        return self.merging.detections(Candidates.cat([nothing, *found]), original)
+        waiting, found = Candidates.none(self.device), [Candidates.none(self.device)]
+        for images, classes, levels in self._searched(query, support, rows):
+            new = [
+                self.merging.candidates(matches, classes, images, size, original)
+                for matches, _, size in levels
+            ]
+            joined = Candidates.cat([waiting, *new])
+            # Merged at once, so that of many classes only detections are kept; the last one may have further images.
+            is_last = joined.classes == classes[-1]
+            found.append(self.merging.survivors(joined[~is_last]))
+            waiting = joined[is_last]
+        found.append(self.merging.survivors(waiting))
+        return self.merging.detections(Candidates.cat(found), original)
 
     @torch.no_grad()
     def score_maps(self, query: dict[str, Any], support: SupportFeatures) -> list[Tensor]:
         """Scores of all R class images on each level, before boxes are merged: Tensor[R, H, W] a level."""
-        of_level = defaultdict(list)
-        rows = list(range(len(support)))
-        for matches, _, shape, size in self._searched(query, support, rows):
-            of_level[size].append(matches.scores.unflatten(1, shape))
-        return [torch.cat(parts) for parts in of_level.values()]
+        chunks = [
+            [matches.scores.unflatten(1, shape) for matches, shape, _ in levels]
+            for _, _, levels in self._searched(query, support, list(range(len(support))))
+        ]
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def _searched(
         self, query: dict[str, Any], support: SupportFeatures, rows: list[int]
-    ) -> Iterator[tuple[Matches, Tensor, tuple[int, int], tuple[int, int]]]:
-        """A chunk of class images on a level at a time: matches, their classes, sizes of the map and of the image."""
-        classes, row, shot = self._images_of(support, rows)
+    ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Matches, Size, Size]]]]:
+        """A chunk of class images at a time: their numbers, their classes, and on each level matches and two sizes.
+
+        The sizes are those of the map and of the image.
+        """
+        found = ClassImages.of(support.tensors["valid"].cpu(), rows)
+        row, shot = found.rows.to(self.device), found.shots.to(self.device)
         exemplars = support.tensors["sizes"][row, shot].tolist()
         given, original = tuple(query["image"].shape[1:]), (query["height"], query["width"])
         sizes = self.scales.levels(given, original, exemplars)
         maps = [self._features([self._resized(query["image"], size)]) for size in sizes]
-        numbers = torch.arange(len(row), device=self.device)
+        classes, numbers = found.classes.to(self.device), torch.arange(len(row), device=self.device)
         for chunk in numbers.split(self.pairs_per_chunk) if len(row) else ():
             images = {n: support.tensors[n][row[chunk], shot[chunk]] for n in self.matcher.tensors}
-            for features, size in zip(maps, sizes, strict=True):
-                matches = self.matcher(images, features, [len(chunk)])
-                yield matches, classes[chunk], tuple(features.shape[2:]), size
+            levels = [
+                (self.matcher(images, features, [len(chunk)]), tuple(features.shape[2:]), size)
+                for features, size in zip(maps, sizes, strict=True)
+            ]
+            yield chunk, classes[chunk], levels
 
     def losses(
         self, batched_inputs: list[dict[str, Any]], support: SupportFeatures, pairs: Pairs
     ) -> dict[str, Tensor]:
         """Losses of a batch, whose queries may differ in size; each is searched for its own classes."""
-        _, number = torch.tensor(support.class_ids, device=self.device).unique(return_inverse=True)
+        _, number = torch.tensor(support.class_ids).unique(return_inverse=True)
         matched = list(self._matched(batched_inputs, support, pairs))
         return self.objective.losses(
             [of_query.matches for of_query in matched],
@@ -242,25 +248,33 @@ class OS2D(FewShotDetector):
     def hard_patches(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """Patches of each query around places with a loss (spec 1.14); see ``patches.hard_patches``.
 
-        Queries are searched at the size that they have; class positions are those of their own supports.
+        Queries are searched at the size that they have, a chunk of class images at a time; class positions are those
+        of their own supports.
         """
         was_training = self.training
         self.eval()
-        results: list[dict[str, Tensor]] = [{} for _ in batched_inputs]
         with torch.no_grad():
             support, pairs = self.gather_supports(batched_inputs)
-            for found in self._matched(batched_inputs, support, pairs):
-                results[found.query] = hard_patches(
-                    self.objective,
-                    found.matches,
-                    found.targets,
-                    found.anchors,
-                    found.classes,
-                    image_size=tuple(batched_inputs[found.query]["image"].shape[1:]),
-                    patch_size=self.patch_size,
-                )
+            valid = support.tensors["valid"].cpu()
+            results = [
+                self._hard_patches(x, support, ClassImages.of(valid, pairs.rows_of(query)))
+                for query, x in enumerate(batched_inputs)
+            ]
         self.train(was_training)
         return results
+
+    def _hard_patches(
+        self, x: dict[str, Any], support: SupportFeatures, images: ClassImages
+    ) -> dict[str, Tensor]:
+        """Those of one query."""
+        features = self._features([self._normalized(x["image"].to(self.device))])
+        size, parts = tuple(x["image"].shape[1:]), []
+        for chunk in images.split(self.pairs_per_chunk):
+            (found,) = self._labelled([x], features, [chunk], support)
+            arguments = found.matches, found.targets, found.anchors, chunk.classes.to(self.device)
+            sides = {"image_size": size, "patch_size": self.patch_size}
+            parts.append(hard_patches(self.objective, *arguments, **sides))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _matched(
         self, batched_inputs: list[dict[str, Any]], support: SupportFeatures, pairs: Pairs
@@ -269,37 +283,42 @@ class OS2D(FewShotDetector):
         of_size = defaultdict(list)
         for query, x in enumerate(batched_inputs):
             of_size[tuple(x["image"].shape[1:])].append(query)
+        valid = support.tensors["valid"].cpu()
         for queries in of_size.values():
-            images = [self._normalized(batched_inputs[q]["image"].to(self.device)) for q in queries]
-            features = self._features(images)
-            anchors = geometry.anchors(tuple(features.shape[2:]), self.device)
-            chosen = [self._images_of(support, pairs.rows_of(query)) for query in queries]
-            row, shot = (torch.cat([part[i] for part in chosen]) for i in (1, 2))
-            class_images = {name: support.tensors[name][row, shot] for name in self.matcher.tensors}
-            counts = [len(classes) for classes, _, _ in chosen]
-            joined = self.matcher(class_images, features, counts)
-            parts = zip(*(tensor.split(counts) for tensor in vars(joined).values()), strict=True)
-            for query, tensors, (classes, rows, _) in zip(queries, parts, chosen, strict=True):
-                truth = GroundTruth.of(batched_inputs[query]["instances"], self.device)
-                matches = Matches(*tensors)
-                targets = self._targets(matches, anchors, truth, classes)
-                yield LabelledMatches(query, classes, rows, matches, targets, anchors)
+            inputs = [batched_inputs[query] for query in queries]
+            features = self._features(
+                [self._normalized(x["image"].to(self.device)) for x in inputs]
+            )
+            chosen = [ClassImages.of(valid, pairs.rows_of(query)) for query in queries]
+            yield from self._labelled(inputs, features, chosen, support)
 
-    def _targets(
-        self, matches: Matches, anchors: Tensor, truth: GroundTruth, classes: Tensor
-    ) -> Targets:
-        """Targets of class images: an object counts for each image of its class."""
-        image, box = (classes[:, None] == truth.classes).nonzero(as_tuple=True)
-        of_images = GroundTruth(truth.boxes[box], image, truth.difficult[box])
-        return self.objective.targets(matches.boxes, anchors, of_images)
+    def _labelled(
+        self,
+        inputs: list[dict[str, Any]],
+        features: Tensor,
+        chosen: list[ClassImages],
+        support: SupportFeatures,
+    ) -> Iterator[LabelledMatches]:
+        """Queries of one size, by their maps (Tensor[N, C, H, W]), with the class images chosen for each of them."""
+        anchors = geometry.anchors(tuple(features.shape[2:]), self.device)
+        counts = [len(images.rows) for images in chosen]
+        most = support.tensors["valid"].shape[1]
+        # One axis: the gradient is added up without sorting, as it would be for two indices.
+        index = torch.cat([images.rows * most + images.shots for images in chosen]).to(self.device)
+        tensors = {
+            n: support.tensors[n].flatten(0, 1).index_select(0, index) for n in self.matcher.tensors
+        }
+        joined = self.matcher(tensors, features, counts)
+        parts = zip(*(tensor.split(counts) for tensor in vars(joined).values()), strict=True)
+        for x, of_query, images in zip(inputs, parts, chosen, strict=True):
+            truth = GroundTruth.of(x["instances"], images.classes).to(self.device)
+            matches = Matches(*of_query)
+            targets = self.objective.targets(matches.boxes, anchors, truth)
+            yield LabelledMatches(images.rows, matches, targets, anchors)
 
-    def _images_of(
-        self, support: SupportFeatures, rows: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The R class images of the classes at ``rows``: positions in ``rows``, rows and shots, each int64[R]."""
-        row = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        classes, shot = support.tensors["valid"][row].nonzero(as_tuple=True)
-        return classes, row[classes], shot
+    def _class_size(self, size: Size) -> Size:
+        """Of a class image, (height, width)."""
+        return self.scales.class_image(size, self.class_step if self.training else 0)
 
     def _features(self, images: list[Tensor]) -> Tensor:
         """The compared map of normalised images of one size as the matcher takes it, Tensor[N, C, H, W]."""

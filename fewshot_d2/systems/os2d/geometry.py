@@ -13,6 +13,8 @@ SIDE, BORDER, STRIDE = 15, 2, 16
 ANCHOR = SIDE * STRIDE
 # Matrices that the original inverts at once: if one of them is singular, all are changed.
 _INVERTED_AT_ONCE, _DIAGONAL = 65535, 1e-5
+# Determinants nearer to zero count as this: points are beyond any image then, but finite.
+_LEAST_DETERMINANT = 1e-10
 IDENTITY = {"none": (), "simple": (1.0, 0.0, 1.0, 0.0), "affine": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)}
 
 
@@ -51,6 +53,8 @@ def _inverted(matrices: Tensor) -> Tensor:
     shift = _DIAGONAL * _is_changed(a * d - b * c)
     a, d, last = a + shift, d + shift, 1 + shift
     determinant = a * d - b * c
+    tiny = determinant.abs() < _LEAST_DETERMINANT
+    determinant = determinant.masked_fill(tiny, _LEAST_DETERMINANT)
     new_tx, new_ty = (b * ty - d * tx) / last, (c * tx - a * ty) / last
     return torch.stack([d, -b, new_tx, -c, a, new_ty], dim=1) / determinant[:, None]
 

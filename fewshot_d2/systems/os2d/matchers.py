@@ -108,7 +108,10 @@ class AlignedMatcher(nn.Module):
         inner = geometry.inner_points(correlation.device)
         points = geometry.template_points(correlation.device)[inner]
         places = geometry.sampled_places(matrices, points, tuple(correlation.shape[2:]))
-        maps = correlation[:, inner]
+        # A view: picked channels would cost a sort in the backward pass of CUDA.
+        square = correlation.unflatten(1, (SIDE, SIDE))
+        kept = slice(BORDER, SIDE - BORDER)
+        maps = square[:, kept, kept].flatten(1, 2)
         scores = resample_channels(maps, places).mean(dim=1)
         if not torch.is_grad_enabled():
             return scores, scores

@@ -26,6 +26,15 @@ class Targets:
     of_anchors: Tensor
     boxes: Tensor
 
+    @staticmethod
+    def joined(parts: Sequence["Targets"]) -> "Targets":
+        """Of all places of several queries, one after another: tensors with one axis for classes and places."""
+        return Targets(
+            torch.cat([part.labels.flatten() for part in parts]),
+            torch.cat([part.of_anchors.flatten() for part in parts]),
+            torch.cat([part.boxes.flatten(0, 1) for part in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -73,7 +82,7 @@ class Objective:
 
         Args:
             matches, targets, anchors: of each query; maps may differ in size.
-            classes (each int64[K]): numbers from 0 on, the same for a class in all queries.
+            classes (each int64[K], on the CPU): numbers from 0 on, the same for a class in all queries.
         """
         labels = torch.cat([t.labels.flatten() for t in targets])
         positive, negative = hinges(
@@ -87,18 +96,27 @@ class Objective:
                 positive, negative, labels, negatives_per_positive=self.negatives_per_positive
             )
         else:
+            device, counts = labels.device, [m.scores.shape[1] for m in matches]
             of_places = [
-                c.repeat_interleave(m.scores.shape[1])
-                for c, m in zip(classes, matches, strict=True)
+                c.to(device).repeat_interleave(n) for c, n in zip(classes, counts, strict=True)
             ]
-            first, second = ranked_list_loss(positive, negative, labels, torch.cat(of_places))
+            # Known without asking the device.
+            number = max((int(c.max()) + 1 for c in classes if len(c)), default=0)
+            first, second = ranked_list_loss(
+                positive, negative, labels, torch.cat(of_places), num_classes=number
+            )
         losses = {"loss_positive": first, "loss_negative": self.negative_weight * second}
         if self.localization_weight:
-            parts = [
-                self.localization(m.boxes, a, t)
-                for m, a, t in zip(matches, anchors, targets, strict=True)
-            ]
-            of_boxes = torch.cat(parts)
+            of_boxes = self.localization(
+                torch.cat([m.boxes.flatten(0, 1) for m in matches]),
+                torch.cat(
+                    [
+                        a.expand_as(t.boxes).flatten(0, 1)
+                        for a, t in zip(anchors, targets, strict=True)
+                    ]
+                ),
+                Targets.joined(targets),
+            )
             losses["loss_box"] = self.localization_weight * of_boxes.sum() / max(len(of_boxes), 1)
         return losses
 
@@ -107,9 +125,9 @@ class Objective:
         """Losses (Tensor[B]) of the boxes whose anchors are positive, in the order of ``nonzero``.
 
         Args:
-            boxes (Tensor[K, n, 4]), anchors (Tensor[n, 4]).
+            boxes, anchors (Tensor[..., 4]): like the boxes of the targets.
         """
-        chosen = targets.of_anchors == POSITIVE
-        return localization_losses(
-            boxes[chosen], anchors.expand_as(boxes)[chosen], targets.boxes[chosen]
-        )
+        chosen = (targets.of_anchors == POSITIVE).flatten().nonzero()[:, 0]
+        # Gradients of rows of a matrix are added up without sorting.
+        rows = (t.flatten(0, -2).index_select(0, chosen) for t in (boxes, anchors, targets.boxes))
+        return localization_losses(*rows)

@@ -30,8 +30,8 @@ def hard_patches(
         image_size: (height, width) of the query. patch_size: side of the patches.
 
     Returns:
-        "boxes" (Tensor[M, 4]): XYXY in pixels of the query, corners on the grid of cells unless shifted inside, larger
-        than the query where that is smaller; "losses" (Tensor[M]); "kind" (int64[M]): 0 negative, 1 positive, 2 box of
+        "boxes" (Tensor[M, 4]): XYXY in pixels of the query, corners on the grid of cells, larger than the query where
+        that is smaller; "losses" (Tensor[M]); "kind" (int64[M]): 0 negative, 1 positive, 2 box of
         a positive; "classes" (int64[M]).
     """
     positive, negative = hinges(
@@ -39,7 +39,7 @@ def hard_patches(
     )
     of_boxes = torch.zeros_like(positive)
     of_boxes[targets.of_anchors == POSITIVE] = objective.localization(
-        matches.boxes, anchors, targets
+        matches.boxes, anchors.expand_as(matches.boxes), targets
     ).to(of_boxes)
     losses = torch.stack([negative, positive, of_boxes])
     kind, image, place = (losses > 0).nonzero(as_tuple=True)
@@ -54,7 +54,8 @@ def hard_patches(
 def patches_around(anchors: Tensor, image_size: tuple[int, int], patch_size: int) -> Tensor:
     """Square patches (Tensor[n, 4]) with the anchors (Tensor[n, 4]) in the middle, as far as the image allows."""
     corner = (anchors[:, :2] + anchors[:, 2:] - patch_size) / 2
-    corner = (corner / STRIDE).floor() * STRIDE
     limit = corner.new_tensor([image_size[1], image_size[0]]) - patch_size
-    corner = corner.minimum(limit).clamp(min=0)
+    # On the grid of cells, so that the patch's map is a part of the image's.
+    corner = (corner.minimum(limit) / STRIDE).floor() * STRIDE
+    corner = corner.clamp(min=0)
     return torch.cat([corner, corner + patch_size], dim=1)

@@ -41,11 +41,15 @@ class Scales:
                     f"MODEL.OS2D.{name.upper()} must be at least 1, got {getattr(self, name)}"
                 )
 
-    def class_image(self, size: Size) -> Size:
-        """Of a class image: its own shape, the area class_size squared."""
+    def class_image(self, size: Size, step: int = 0) -> Size:
+        """Of a class image: its own shape, the area class_size squared.
+
+        Args:
+            step: if not 0, sides are the nearest multiples of it or of ``divisibility``, whichever is larger.
+        """
         height, width = size
         root = (height / width) ** 0.5
-        return self._whole(self.class_size * root, self.class_size / root)
+        return self._whole(self.class_size * root, self.class_size / root, step)
 
     def levels(self, given: Size, original: Size, exemplars: Sequence[float]) -> list[Size]:
         """Of a query on each level.
@@ -59,13 +63,11 @@ class Scales:
         if self.by_exemplars and len(exemplars):
             median = sorted(exemplars)[(len(exemplars) - 1) // 2]
             first = min(max(original) * self.class_size / median, self.max_image_size)
-        return [
-            self._whole(given[0] * level * first / longer, given[1] * level * first / longer)
-            for level in self.pyramid
-        ]
+        ratios = [level * first / longer for level in self.pyramid]
+        return [self._whole(given[0] * ratio, given[1] * ratio) for ratio in ratios]
 
-    def _whole(self, height: float, width: float) -> Size:
-        unit = self.divisibility
+    def _whole(self, height: float, width: float, step: int = 0) -> Size:
+        unit = max(self.divisibility, step)
         if unit > 1:
             return tuple(max(unit, round(side / unit) * unit) for side in (height, width))
         return max(int(height), 1), max(int(width), 1)

@@ -29,13 +29,24 @@ class GroundTruth:
     difficult: Tensor
 
     @classmethod
-    def of(cls, instances: Instances, device: torch.device) -> "GroundTruth":
-        """Read ``gt_boxes``, ``gt_classes`` and, where there is one, ``gt_difficult``."""
-        boxes = instances.gt_boxes.tensor.to(device, torch.float32)
-        difficult = torch.zeros(len(boxes), dtype=torch.bool, device=device)
+    def of(cls, instances: Instances, classes: Tensor) -> "GroundTruth":
+        """The objects that count for class images, each for all images of its class.
+
+        Args:
+            instances: with ``gt_boxes``, ``gt_classes`` and, where there is one, ``gt_difficult``.
+            classes (int64[R]): of each class image, on the CPU; ``classes`` of the result are their positions.
+        """
+        instances = instances.to("cpu")
+        boxes = with_least_side(instances.gt_boxes.tensor.float())
+        difficult = torch.zeros(len(boxes), dtype=torch.bool)
         if instances.has("gt_difficult"):
-            difficult = torch.as_tensor(instances.gt_difficult, device=device).bool()
-        return cls(with_least_side(boxes), instances.gt_classes.to(device), difficult)
+            difficult = torch.as_tensor(instances.gt_difficult).bool()
+        image, box = (classes[:, None] == instances.gt_classes).nonzero(as_tuple=True)
+        return cls(boxes[box], image, difficult[box])
+
+    def to(self, device: torch.device) -> "GroundTruth":
+        """The same on another device."""
+        return GroundTruth(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def with_least_side(boxes: Tensor) -> Tensor:
@@ -79,9 +90,8 @@ def assign(
         return nothing, nothing
     best, position = overlaps(boxes, truth).max(dim=1)
     high, low = thresholds
-    labels = torch.full_like(position, IGNORED)
-    labels[best < low] = NEGATIVE
-    labels[(best >= high) & ~truth.difficult[position]] = POSITIVE
+    labels = torch.where(best < low, NEGATIVE, IGNORED)
+    labels = labels.masked_fill((best >= high) & ~truth.difficult[position], POSITIVE)
     return labels, position
 
 
