@@ -1,10 +1,11 @@
-"""Pictures of how a detector searched a query, of what its ``explain`` gives (SILCO Figs. 3 and 4)."""
+"""Pictures of how a detector searched a query, of what its ``explain`` gives (SILCO Figs. 3 and 4, OS2D Fig. 2)."""
 
 import numpy as np
 import torch
 from detectron2.structures import Instances
 
 from ..modeling.detector import FewShotDetector
+from ..visualization import alignment_panel
 from ..visualization.attention import attention_panel, heat_panel
 from .episode_runner import Found
 
@@ -22,7 +23,8 @@ def explanation_panels(
     """
     maps = dict(model.explain(found.query, found.features))
     attention = maps.pop("attention", None)
-    truth = found.truth.gt_boxes.tensor.numpy()
+    is_shown = found.truth.gt_ids == found.support_set.class_ids[0]
+    truth = found.truth.gt_boxes[is_shown].tensor.numpy()
     panels = {}
     if attention is not None and len(truth):
         point = truth[0, :2] / 2 + truth[0, 2:] / 2
@@ -39,12 +41,17 @@ def explanation_panels(
         )
     if maps:
         heats = {name: heat.float().cpu().numpy() for name, heat in maps.items()}
-        best = _best(found.predictions, len(truth))
-        panels["_heat"] = heat_panel(pixels, heats, truth=truth, found=best)
+        best = _best(found.predictions, max(len(truth), 1))
+        boxes = best.pred_boxes.tensor.numpy()
+        panels["_heat"] = heat_panel(pixels, heats, truth=truth, found=boxes)
+        if best.has("pred_corners"):
+            corners, scores = best.pred_corners.numpy(), best.scores.numpy()
+            score_map = max(heats.values(), key=np.max)
+            panels["_alignment"] = alignment_panel(pixels, boxes, corners, scores, score_map)
     return panels
 
 
-def _best(predictions: Instances, number: int) -> np.ndarray:
-    """As many of the best-scored boxes as there are instances."""
-    order = predictions.scores.argsort(descending=True)[:number]
-    return predictions.pred_boxes.tensor[order].numpy()
+def _best(predictions: Instances, number: int) -> Instances:
+    """So many of the first class with the best scores."""
+    of_class = predictions[predictions.pred_classes == 0]
+    return of_class[of_class.scores.argsort(descending=True)[:number]]

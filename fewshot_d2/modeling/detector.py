@@ -149,7 +149,8 @@ class FewShotDetector(nn.Module):
 
         Returns:
             Some of "attention" (Tensor[H, W, S, h, w]), how much each cell of the query looks at each cell of each
-            support, as of images without padding, and any other names of maps of the query (Tensor[H, W]).
+            support, as of images without padding, and any other names of maps of the query (Tensor[H, W]). If its
+            detections have ``pred_corners``, these are maps of scores, one a level: grids are drawn beside the best.
         """
         return {}
 

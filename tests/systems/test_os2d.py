@@ -381,6 +381,29 @@ def test_half_precision_is_near_full_precision(rng):
         assert torch.isfinite(found.pred_boxes.tensor).all()
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@torch.no_grad()
+def test_explanation_is_of_the_first_class_with_all_its_shots(rng, order):
+    """The best of all levels is the score of that class's best detection, which NMS leaves."""
+    model = tiny("v1", "MODEL.OS2D.PYRAMID", (0.5, 1.0))
+    support = random_support_set(rng, ways=2, shots=2)
+    features = model.encode_support([support])[order]
+    query = random_query(rng, support)
+    found = model.search(query, features)
+    of_first = found.scores[found.pred_classes == 0]
+    shown = model.explain(model.describe_queries([query])[0], features)
+    assert list(shown) == ["score, level 0.5", "score, level 1"]
+    assert_close(max(m.max() for m in shown.values()), of_first.max(), atol=1e-6, rtol=0)
+    for size, scores in zip(((32, 32), (64, 64)), shown.values(), strict=True):
+        maps = unit_maps(model.backbone(model._resized(query["image"], size)[None])["res4"])
+        shots = [
+            model.matcher({"cells": features.tensors["cells"][0, s][None]}, maps, [1]).scores
+            for s in range(2)
+        ]
+        wanted = torch.cat(shots).amax(dim=0).view(maps.shape[2:])
+        assert_close(scores, wanted, atol=1e-6, rtol=0)
+
+
 @torch.no_grad()
 def test_turned_examples_are_turned_class_images(rng):
     """The original turns the resized, normalised class image; here the example is turned, then resized."""

@@ -210,6 +210,12 @@ class OS2D(FewShotDetector):
         ]
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
+    def explain(self, query: dict[str, Any], support: SupportFeatures) -> dict[str, Tensor]:
+        """The first class's best scores on each level, Tensor[H, W]; where they come from: ``pred_corners``."""
+        maps = self.score_maps(query, support[[0]])
+        levels = zip(self.scales.pyramid, maps, strict=True)
+        return {f"score, level {level:g}": scores.amax(dim=0) for level, scores in levels}
+
     def _searched(
         self, query: dict[str, Any], support: SupportFeatures, rows: list[int]
     ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Matches, Size, Size]]]]:
