@@ -8,35 +8,12 @@ from factories import ROOT
 
 PACKAGE = ROOT / "fewshot_d2"
 FILES = sorted(PACKAGE.rglob("*.py"))
+PARTS = {"data", "modeling", "systems", "retrieval", "evaluation", "engine", "visualization"}
 # What a part may not import; the shared modules at the top are free of parts altogether.
 FORBIDDEN = {
-    "structures": {
-        "data",
-        "modeling",
-        "systems",
-        "retrieval",
-        "evaluation",
-        "engine",
-        "visualization",
-    },
-    "transforms": {
-        "data",
-        "modeling",
-        "systems",
-        "retrieval",
-        "evaluation",
-        "engine",
-        "visualization",
-    },
-    "support_augmentation": {
-        "data",
-        "modeling",
-        "systems",
-        "retrieval",
-        "evaluation",
-        "engine",
-        "visualization",
-    },
+    "structures": PARTS,
+    "transforms": PARTS,
+    "support_augmentation": PARTS,
     "files": {"structures", "data", "modeling", "systems", "retrieval", "evaluation", "engine"},
     "data": {"modeling", "systems", "retrieval", "evaluation", "engine", "visualization"},
     "modeling": {"data", "systems", "retrieval", "evaluation", "engine", "visualization"},

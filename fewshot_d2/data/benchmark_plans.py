@@ -1,7 +1,7 @@
 """Episodes of RepMet's benchmark (paper 5.2, spec 3.3): m classes with n examples each, and queries that share them."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -165,13 +165,14 @@ def build_benchmark_plans(
     sides: Iterable[str],
     shots: Sequence[int],
     ground_truth: GroundTruthFilter = KEEP_ALL,
+    make: Callable[..., BenchmarkPlan] = make_benchmark_plan,
     **options: Any,
 ) -> list[BenchmarkPlan]:
     """Plans of registered data sets, one for each side with classes and number of shots; indexed once.
 
     Args:
-        shots: the largest of them is the ``max_shots`` of all. ground_truth: what counts. Others: as of
-            ``make_benchmark_plan``.
+        shots: the largest of them is the ``max_shots`` of all. ground_truth: what counts. make: makes a plan out of
+            indices and numbers. Others: as of ``make``.
     """
     sources = plan_sources(
         dataset=dataset,
@@ -181,7 +182,7 @@ def build_benchmark_plans(
         ground_truth=ground_truth,
     )
     return [
-        make_benchmark_plan(**source, shots=number, max_shots=max(shots), **options)
+        make(**source, shots=number, max_shots=max(shots), **options)
         for source in sources
         for number in shots
     ]

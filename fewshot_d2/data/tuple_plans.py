@@ -1,15 +1,15 @@
 """Evaluation plans of tuples (SILCO paper 4.3): the same ones can be evaluated with 1, 3, 5, ... of their supports."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from .benchmark_plans import BenchmarkEpisode, BenchmarkPlan
+from .benchmark_plans import BenchmarkEpisode, BenchmarkPlan, build_benchmark_plans
 from .ground_truth import GroundTruthFilter
 from .index import InstanceIndex
-from .loaders import plan_sources
 from .tuples import TupleSampler
 
 
@@ -112,37 +112,7 @@ def make_tuple_plan(
     )
 
 
-def build_tuple_plans(
-    *,
-    dataset: str,
-    support_dataset: str,
-    split: str,
-    sides: Iterable[str],
-    shots: Sequence[int],
-    ground_truth: GroundTruthFilter,
-    **options: Any,
-) -> list[TuplePlan]:
-    """Plans of registered data sets, one for each side with classes and number of shots; indexed once.
-
-    Args:
-        shots: the largest of them is the ``max_shots`` of all. ground_truth: what counts. Others: as of
-            ``make_tuple_plan``.
-    """
-    sources = plan_sources(
-        dataset=dataset,
-        support_dataset=support_dataset,
-        split=split,
-        sides=sides,
-        ground_truth=ground_truth,
-    )
-    return [
-        make_tuple_plan(
-            **source,
-            shots=number,
-            max_shots=max(shots),
-            ground_truth=str(ground_truth),
-            **options,
-        )
-        for source in sources
-        for number in shots
-    ]
+def build_tuple_plans(*, ground_truth: GroundTruthFilter, **options: Any) -> list[TuplePlan]:
+    """``build_benchmark_plans`` of tuples; ``options`` are its, and those of ``make_tuple_plan``."""
+    make = functools.partial(make_tuple_plan, ground_truth=str(ground_truth))
+    return build_benchmark_plans(ground_truth=ground_truth, make=make, **options)
