@@ -7,6 +7,7 @@ cannot be imported, and say why.
 import argparse
 import sys
 import textwrap
+import warnings
 
 from .checks import Finding, examine
 
@@ -15,6 +16,9 @@ def command() -> int:
     """The entry point ``fewshot-d2``."""
     if sys.argv[1:2] == ["doctor"]:
         return main(sys.argv[2:])
+    if not sys.warnoptions:
+        # detectron2 uses what newer torch deprecates; whoever looks for photos can do nothing about it.
+        warnings.filterwarnings("ignore", module=r"torch\.")
     try:
         from fewshot_d2.cli.main import main as run
     # A broken installation raises anything: what and how to mend it is the doctor's to say.

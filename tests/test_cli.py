@@ -5,7 +5,9 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
 from types import ModuleType
 
@@ -206,6 +208,15 @@ def test_a_command_that_cannot_start_never_ends_with_success(monkeypatch, capsys
     out, err = capsys.readouterr()
     assert "cannot start" in err and "tabulate" in err
     assert "BROKEN  fewshot_d2" in out and "1 must be mended" in out
+
+
+def test_command_says_nothing_of_what_its_libraries_deprecate():
+    code = "import sys, fewshot_d2_doctor; sys.argv = ['fewshot-d2', '--help']; fewshot_d2_doctor.command()"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "usage: fewshot-d2" in run.stdout and run.stderr == ""
 
 
 def test_doctor_finds_this_installation_whole(capsys):
