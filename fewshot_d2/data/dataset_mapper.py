@@ -105,19 +105,11 @@ class EpisodicDatasetMapper:
         Raises:
             ValueError: an image is missing or broken; the message names the file.
         """
-        record = episode.query
-        pixels = read_image(record, self.image_format)
+        pixels = read_image(episode.query, self.image_format)
         flip = self.flips(episode)
         transform, window = self.query_transform(episode, pixels, flip=flip)
         pixels = transform.apply_image(pixels)
-        result = {
-            "file_name": record["file_name"],
-            "image_id": record["image_id"],
-            "height": record["height"],
-            "width": record["width"],
-            "image": _to_tensor(pixels),
-            "episode_id": episode.episode_id,
-        }
+        result = self.query(episode, pixels)
         if episode.supports:
             result["support"] = self.support_set(episode, flip=flip)
         if self.is_train:
@@ -125,6 +117,15 @@ class EpisodicDatasetMapper:
         if episode.weights:
             result["weights"] = list(episode.weights)
         return result
+
+    def query(self, episode: Episode, pixels: np.ndarray) -> dict[str, Any]:
+        """The query of an episode with these pixels, of whatever size, without supports and ground truth."""
+        record = episode.query
+        return {
+            **{key: record[key] for key in ("file_name", "image_id", "height", "width")},
+            "image": _to_tensor(pixels),
+            "episode_id": episode.episode_id,
+        }
 
     def query_transform(
         self, episode: Episode, pixels: np.ndarray, *, flip: bool

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from .dataset_mapper import (
     EPISODIC_MAPPER_REGISTRY,
@@ -81,19 +81,13 @@ class PatchMapper(EpisodicDatasetMapper):
         Raises:
             ValueError: the image is missing or broken; the message names the file.
         """
-        record = episode.query
-        pixels = read_image(record, self.image_format)
+        pixels = read_image(episode.query, self.image_format)
         height, width = pixels.shape[:2]
         factor *= self.scale_of(height, width)
         shape = max(1, round(height * factor)), max(1, round(width * factor))
         transform = T.TransformList([T.ResizeTransform(height, width, *shape)])
-        pixels = np.ascontiguousarray(transform.apply_image(pixels).transpose(2, 0, 1))
-        return {
-            **{key: record[key] for key in ("file_name", "image_id", "height", "width")},
-            "image": torch.from_numpy(pixels),
-            "episode_id": episode.episode_id,
-            "instances": self._instances(episode, transform, shape),
-        }
+        query = self.query(episode, transform.apply_image(pixels))
+        return {**query, "instances": self._instances(episode, transform, shape)}
 
     def _instances(
         self,
@@ -135,11 +129,3 @@ class PatchMapper(EpisodicDatasetMapper):
             whole = decode_mask(outline(annotation), *size).astype(np.uint8)
             mask[:] = torch.from_numpy(transform.apply_segmentation(whole).astype(bool))
         return BitMasks(masks)
-
-    def _boxes(self, episode: Episode) -> np.ndarray:
-        """float[n, 4] XYXY of the searched annotations, in pixels of the original image."""
-        boxes = [
-            BoxMode.convert([float(v) for v in a["bbox"]], a["bbox_mode"], BoxMode.XYXY_ABS)
-            for a in self.searched_annotations(episode)
-        ]
-        return np.array(boxes, dtype=np.float64).reshape(-1, 4)

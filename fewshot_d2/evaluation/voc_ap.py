@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from detectron2.structures import BoxMode
 
 from ..data.plans import EvaluationPlan
 from .assignment import by_pair
@@ -89,9 +90,8 @@ def match_boxes(
 
 def _corners(boxes: Iterable[Sequence[float]]) -> np.ndarray:
     """XYWH -> float[n, 4] XYXY."""
-    corners = np.array(list(boxes), float).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return corners
+    rows = np.array(list(boxes), float).reshape(-1, 4)
+    return BoxMode.convert(rows, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
 
 
 def _is_difficult(instance: GroundTruthInstance) -> bool:

@@ -110,8 +110,12 @@ class FewShotDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the shared keys."""
+        return {"backbone": build_backbone(cfg), **cls.input_from_config(cfg)}
+
+    @staticmethod
+    def input_from_config(cfg: CfgNode) -> dict[str, Any]:
+        """The shared keys without the backbone, for a system that has its own."""
         return {
-            "backbone": build_backbone(cfg),
             "support_crop": SupportCrop.from_cfg(cfg),
             "input_format": cfg.INPUT.FORMAT,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,

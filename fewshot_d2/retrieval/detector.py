@@ -18,7 +18,6 @@ from torchvision.ops import batched_nms
 
 from ..modeling.detector import FewShotDetector
 from ..structures import Support, SupportFeatures, SupportSet
-from ..transforms import SupportCrop
 from .describer import RegionDescriber
 
 
@@ -49,11 +48,7 @@ class RetrievalDetector(FewShotDetector):
         return {
             "describer": RegionDescriber(inner),
             "nms_iou": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
-            "support_crop": SupportCrop.from_cfg(cfg),
-            "input_format": cfg.INPUT.FORMAT,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "pairs_per_chunk": cfg.FEWSHOT.PAIRS_PER_CHUNK,
+            **cls.input_from_config(cfg),
         }
 
     def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:

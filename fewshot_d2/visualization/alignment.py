@@ -3,11 +3,10 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import Color, Mark, draw_marks, enlarged
-from .pictures import captioned
+from .canvas import CLASS_COLORS, Mark, draw_marks, enlarged
+from .pictures import captioned, in_a_row
 
-_BOX: Color = (240, 228, 66)
-_GRID: Color = (213, 94, 0)
+_BOX, _GRID = CLASS_COLORS[3], CLASS_COLORS[5]
 _GAP = 8
 
 
@@ -56,11 +55,7 @@ def alignment_panel(
         captioned(left, "boxes and transformed grids"),
         captioned(right.convert("RGB"), f"scores, {low:.2f} (black) to {high:.2f} (white)"),
     ]
-    size = sum(t.width for t in tiles) + _GAP, max(t.height for t in tiles)
-    panel = Image.new("RGB", size, (255, 255, 255))
-    panel.paste(tiles[0], (0, 0))
-    panel.paste(tiles[1], (tiles[0].width + _GAP, 0))
-    return np.array(panel)
+    return np.array(in_a_row(tiles, gap=_GAP))
 
 
 def grid_lines(quad: np.ndarray, lines: int) -> np.ndarray:

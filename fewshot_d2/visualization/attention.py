@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import DARK, PAPER, Mark, draw_marks, enlarged
-from .pictures import TRUTH, WRONG, captioned
+from .canvas import DARK, Mark, draw_marks, enlarged
+from .pictures import TRUTH, WRONG, captioned, in_a_row
 
 _SIDE, _GAP = 320, 10
 _GREEN = (60, 220, 60)
@@ -54,7 +54,7 @@ def attention_panel(
         supports, top_cells(attention, number, is_joint), shares, strict=True
     ):
         tiles.append(_tile(shown, cells, f"{100 * share:.0f} % of the attention"))
-    return np.asarray(_in_a_row(tiles))
+    return np.asarray(in_a_row(tiles, gap=_GAP))
 
 
 def top_cells(
@@ -107,7 +107,7 @@ def heat_panel(
         for box in (np.zeros((0, 4)) if boxes is None else np.asarray(boxes) * scale)
     ]
     draw_marks(canvas, marks)
-    return np.asarray(_in_a_row([captioned(canvas, "query"), *tiles]))
+    return np.asarray(in_a_row([captioned(canvas, "query"), *tiles], gap=_GAP))
 
 
 def _heated(canvas: Image.Image, heat: np.ndarray) -> Image.Image:
@@ -128,13 +128,3 @@ def _tile(image: np.ndarray, places: Sequence[tuple[float, float]], caption: str
         middle = x * width, y * _SIDE
         draw.circle(middle, radius, fill=_GREEN, outline=DARK)
     return captioned(picture, caption)
-
-
-def _in_a_row(tiles: Sequence[Image.Image]) -> Image.Image:
-    width = sum(tile.width + _GAP for tile in tiles) - _GAP
-    row = Image.new("RGB", (width, max(tile.height for tile in tiles)), PAPER)
-    x = 0
-    for tile in tiles:
-        row.paste(tile, (x, 0))
-        x += tile.width + _GAP
-    return row

@@ -255,6 +255,17 @@ def captioned(tile: Image.Image, text: str) -> Image.Image:
     return result
 
 
+def in_a_row(tiles: Sequence[Image.Image], *, gap: int) -> Image.Image:
+    """Tiles side by side, so many pixels apart."""
+    width = sum(tile.width + gap for tile in tiles) - gap
+    row = Image.new("RGB", (width, max(tile.height for tile in tiles)), PAPER)
+    x = 0
+    for tile in tiles:
+        row.paste(tile, (x, 0))
+        x += tile.width + gap
+    return row
+
+
 def _stacked(tiles: Sequence[Image.Image]) -> Image.Image:
     """Tiles of one size above each other: on a phone each has the whole width."""
     width, height = tiles[0].size
