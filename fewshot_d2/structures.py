@@ -164,6 +164,10 @@ class SupportSet:
         """The examples without the negative ones, class by class."""
         return [[shot for shot in shots if not shot.negative] for shots in self.examples]
 
+    def one_class(self, k: int, shots: Sequence[Support]) -> "SupportSet":
+        """Class ``k`` alone, with these examples."""
+        return SupportSet([self.class_ids[k]], [self.class_names[k]], [list(shots)])
+
     def save(self, path: str | Path) -> None:
         """Write one zip of PNG images and a JSON index, atomically.
 

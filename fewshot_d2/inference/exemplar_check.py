@@ -76,7 +76,7 @@ def check_examples(
     checks = [ClassCheck(name) for name in support_set.class_names]
     # Each class is encoded once, however often it stands beside another one.
     classes = [
-        predictor.set_support(_one_class(support_set, k, shots))
+        predictor.set_support(support_set.one_class(k, shots))
         for k, shots in enumerate(support_set.positives())
     ]
     for k, shots in enumerate(support_set.positives()):
@@ -99,10 +99,6 @@ def check_examples(
     return checks
 
 
-def _one_class(support_set: SupportSet, k: int, shots: Sequence[Support]) -> SupportSet:
-    return SupportSet([support_set.class_ids[k]], [support_set.class_names[k]], [list(shots)])
-
-
 def _score_with(
     predictor: FewShotPredictor,
     support_set: SupportSet,
@@ -116,7 +112,7 @@ def _score_with(
     query = shots[kept[0] if of is None else of]
     parts = list(classes)
     if len(kept) < len(shots):
-        parts[k] = predictor.set_support(_one_class(support_set, k, [shots[i] for i in kept]))
+        parts[k] = predictor.set_support(support_set.one_class(k, [shots[i] for i in kept]))
     predictor.set_support(SupportFeatures.cat(parts))
     return float(_scores_on(predictor, query, len(classes))[k])
 

@@ -98,8 +98,7 @@ def _by_others(predictor: FewShotPredictor, support_set: SupportSet, k: int) -> 
         if not _is_whole(shot):
             continue
         rest = shots[:i] + shots[i + 1 :]
-        names = [support_set.class_ids[k]], [support_set.class_names[k]]
-        predictor.set_support(SupportSet(*names, [rest]))
+        predictor.set_support(support_set.one_class(k, rest))
         instances = predictor.predict(_bgr(shot))
         found[i] = None, 0.0
         # The best box with an area inside the image.
