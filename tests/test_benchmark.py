@@ -23,7 +23,7 @@ from fewshot_d2 import Support, SupportSet, load_config
 from fewshot_d2.data.benchmark_plans import build_benchmark_plans
 from fewshot_d2.data.loaders import build_factory, build_mapper
 from fewshot_d2.engine.benchmark import named_plans
-from fewshot_d2.engine.episode_runner import EpisodeRunner, Outcome
+from fewshot_d2.engine.episode_runner import EpisodeRunner, Outcome, truth_of
 from fewshot_d2.engine.evaluate import evaluate
 from fewshot_d2.engine.finetune import FineTuning
 from fewshot_d2.evaluation.benchmark_page import shot_curves
@@ -182,7 +182,7 @@ def test_objects_of_other_classes_can_be_left_out_of_the_count(plan):
         def search(self, query, features):
             image = factory.query_index.image_index(query["image_id"])
             class_ids = factory.query_index.class_ids
-            boxes = runner.truth(query["image_id"], class_ids).gt_boxes
+            boxes = truth_of(runner.factory.query_index, query["image_id"], class_ids).gt_boxes
             found = Instances((query["height"], query["width"]), pred_boxes=boxes)
             found.scores = torch.ones(len(boxes))
             found.pred_classes = torch.zeros(len(boxes), dtype=torch.int64)

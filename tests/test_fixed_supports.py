@@ -122,6 +122,37 @@ def test_evaluation_with_supports_encoded_once(sets, tmp_path, monkeypatch, prot
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
 
 
+def test_a_pair_is_explained_by_the_search_that_was_evaluated(sets, tmp_path, monkeypatch):
+    cfg = tiny_config("DATASETS.TEST", ("fixed_queries",), "OUTPUT_DIR", str(tmp_path))
+    model = tiny_model("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0).train()
+    plan, factory = plan_of_sets("open"), build_factory("fixed_queries", "fixed_supports")
+    run = evaluate_plan(cfg, model, plan, factory)[""]
+    shown = []
+
+    def panels(model, found, pixels):
+        shown.append((found, model.training))
+        return {"_score": pixels}
+
+    monkeypatch.setattr("fewshot_d2.engine.episode_pictures.explanation_panels", panels)
+    episode = plan.episodes[-1]
+    for k, class_id in enumerate(episode.class_ids):
+        picture = run.explain(episode.image_id, class_id)["_score"]
+        (found, was_training), predictions = shown[-1], shown[-1][0].predictions
+        record = factory.query_index.dicts[factory.query_index.image_index(episode.image_id)]
+        assert picture.shape == (record["height"], record["width"], 3) and not was_training
+        assert found.support_set.class_ids == [class_id]
+        assert len(found.support_set.examples[0]) == len(episode.supports[k]) == 3
+        assert len(found.truth) == sum(
+            factory.contiguous_ids[class_id] == a["category_id"] for a in record["annotations"]
+        )
+        pair = [
+            d for d in run.detections
+            if (d["image_id"], d["category_id"]) == (episode.image_id, class_id)
+        ]  # fmt: skip
+        assert predictions.scores.tolist() == pytest.approx([d["score"] for d in pair], abs=1e-5)
+    assert any(len(found.predictions) for found, _ in shown) and model.training
+
+
 def test_queries_come_with_the_features_of_their_classes(sets):
     plan, factory = plan_of_sets(), build_factory("fixed_queries", "fixed_supports")
     model = tiny_model()

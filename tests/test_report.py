@@ -1,6 +1,7 @@
 """The report: complete, self-contained, and honest about failures; the pictures in it."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -139,6 +140,30 @@ def test_report_is_complete_and_self_contained(dataset, tmp_path):
     content = base64.b64decode(encoded.partition(",")[2])
     with Image.open(io.BytesIO(content)) as picture:
         assert picture.width >= 384 and picture.height > 2 * 384
+
+
+def test_the_first_pair_of_each_group_is_explained(dataset, tmp_path, caplog):
+    rows = rows_of(*dataset)
+    asked = []
+
+    def explain(image_id, class_id):
+        asked.append((image_id, class_id))
+        if len(asked) == 2:
+            raise ValueError("the query must be a readable image")
+        return {"_heat": np.zeros((8, 8, 3), np.uint8), "_grid": np.zeros((8, 8, 3), np.uint8)}
+
+    runs = [dataclasses.replace(run, explain=explain) for run in rows[0].runs]
+    path = tmp_path / "report.html"
+    write_report(path, [dataclasses.replace(rows[0], runs=runs), rows[1]], gallery_size=2)
+    assert len(set(asked)) == 3
+    text = path.read_text()
+    captions = re.findall(r">(\w+), image (\d+): (heat|grid)<", text)
+    assert captions == [
+        (CLASS_NAMES[c], str(i), kind) for i, c in (asked[0], asked[2]) for kind in ("heat", "grid")
+    ]
+    # Three groups of two pairs, and two panels of two pairs.
+    assert text.count("data:image/jpeg") == 6 + 4
+    assert f"Not explained: image {asked[1][0]}" in caplog.text
 
 
 def test_report_without_masks_training_or_runs(dataset, tmp_path):

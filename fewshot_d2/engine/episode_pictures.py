@@ -1,15 +1,59 @@
 """Pictures of how a detector searched a query, of what its ``explain`` gives (SILCO Figs. 3 and 4, OS2D Fig. 2)."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
+from detectron2.evaluation import inference_context
 from detectron2.structures import Instances
 
+from ..data.dataset_mapper import read_image
+from ..data.episodes import Episode, EpisodeFactory, PlannedEpisodes
+from ..data.plans import EvaluationPlan
 from ..modeling.detector import FewShotDetector
 from ..visualization import alignment_panel
 from ..visualization.attention import attention_panel, heat_panel
-from .episode_runner import Found
+from .episode_runner import Found, truth_of
 
 _DOTS, _JOINT_DOTS = 20, 100
+
+
+class PairExplainer:
+    """Searches a query of a plan for one of its classes once more, to show how."""
+
+    def __init__(
+        self,
+        model: FewShotDetector,
+        plan: EvaluationPlan,
+        factory: EpisodeFactory,
+        mapper: Callable[[Episode], dict[str, Any]],
+    ):
+        """Take a plan that was checked against the factory's indices, and a mapper of inference."""
+        self.model, self.episodes = model, PlannedEpisodes(plan, factory, mapper)
+        self._planned = {(e.image_id, c): e for e in plan.episodes for c in e.class_ids}
+
+    @torch.no_grad()
+    def __call__(self, image_id: int, class_id: int) -> dict[str, np.ndarray]:
+        """Panels of ``explanation_panels``.
+
+        Raises:
+            ValueError: the query or a support cannot be read.
+        """
+        planned = self._planned[image_id, class_id]
+        shots = planned.supports[planned.class_ids.index(class_id)]
+        planned = replace(planned, class_ids=(class_id,), supports=(shots,))
+        mapped = self.episodes.mapper(self.episodes.episode(planned))
+        index = self.episodes.factory.query_index
+        truth = truth_of(index, image_id, [class_id])
+        pixels = read_image(index.dicts[index.image_index(image_id)], "RGB")
+        with inference_context(self.model):
+            features = self.model.encode_support([mapped["support"]])
+            query = self.model.describe_queries([mapped])[0]
+            predictions = self.model.search(query, features).to("cpu")
+            found = Found(planned, image_id, mapped["support"], truth, predictions, query, features)
+            return explanation_panels(self.model, found, pixels)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from ..data.benchmark_plans import BenchmarkEpisode, BenchmarkPlan
 from ..data.dataset_mapper import EpisodicDatasetMapper
 from ..data.episodes import EpisodeFactory
+from ..data.index import InstanceIndex
+from ..data.plans import PlannedEpisode
 from ..evaluation.pooled_ap import PooledPrecision, in_square, pixel_iou
 from ..modeling.detector import FewShotDetector
 from ..structures import SupportFeatures, SupportSet
@@ -101,20 +103,38 @@ class Found:
     """What was found in one query.
 
     Attributes:
-        episode (BenchmarkEpisode), image_id (int), support_set (SupportSet or None): which, and what it was searched
-            with; None where it could not be searched.
-        truth (Instances): ``gt_boxes`` and ``gt_ids`` of the episode's classes, see ``EpisodeRunner.truth``.
+        episode (BenchmarkEpisode or PlannedEpisode), image_id (int), support_set (SupportSet or None): which, and what
+            it was searched with; None where it could not be searched.
+        truth (Instances): ``gt_boxes`` and ``gt_ids`` of the episode's classes, see ``truth_of``.
         predictions (Instances): in original pixels, ``pred_classes`` in the order of ``support_set``.
         query (Any), features (SupportFeatures or None): what the model's ``search`` was given.
     """
 
-    episode: BenchmarkEpisode
+    episode: BenchmarkEpisode | PlannedEpisode
     image_id: int
     support_set: SupportSet | None
     truth: Instances
     predictions: Instances
     query: Any = None
     features: SupportFeatures | None = None
+
+
+def truth_of(index: InstanceIndex, image_id: int, class_ids: Collection[int]) -> Instances:
+    """``gt_boxes`` (XYXY, original pixels), ``gt_ids`` (dataset category ids), ``gt_difficult`` of classes."""
+    image = index.image_index(image_id)
+    record = index.dicts[image]
+    chosen = [
+        (record["annotations"][position], class_id)
+        for class_id in class_ids
+        for position in index.instances(image, class_id)
+    ]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a, _ in chosen]
+    truth = Instances((record["height"], record["width"]))
+    truth.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4))
+    truth.gt_ids = torch.tensor([class_id for _, class_id in chosen], dtype=torch.int64)
+    difficult = [bool(a.get("difficult", 0)) for a, _ in chosen]
+    truth.gt_difficult = torch.tensor(difficult, dtype=torch.bool)
+    return truth
 
 
 class EpisodeRunner:
@@ -181,7 +201,7 @@ class EpisodeRunner:
                         continue
                     with torch.no_grad():
                         predictions = self.model.search(query, features).to("cpu")
-                    truth = self.truth(image_id, episode.class_ids)
+                    truth = truth_of(self.factory.query_index, image_id, episode.class_ids)
                     found = Found(
                         *(episode, image_id, support_set, truth, predictions, query, features)
                     )
@@ -226,31 +246,13 @@ class EpisodeRunner:
         with fine_tuned(self.model, support_set, tuning) as features:
             yield features
 
-    def truth(self, image_id: int, class_ids: Collection[int]) -> Instances:
-        """``gt_boxes`` (XYXY, original pixels), ``gt_ids`` (dataset category ids), ``gt_difficult`` of classes."""
-        index = self.factory.query_index
-        image = index.image_index(image_id)
-        record = index.dicts[image]
-        chosen = [
-            (record["annotations"][position], class_id)
-            for class_id in class_ids
-            for position in index.instances(image, class_id)
-        ]
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a, _ in chosen]
-        truth = Instances((record["height"], record["width"]))
-        truth.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4))
-        truth.gt_ids = torch.tensor([class_id for _, class_id in chosen], dtype=torch.int64)
-        difficult = [bool(a.get("difficult", 0)) for a, _ in chosen]
-        truth.gt_difficult = torch.tensor(difficult, dtype=torch.bool)
-        return truth
-
     def _match(self, found: Found, outcome: Outcome) -> None:
         """Match the detections of every class of the episode, also of one that could not be searched."""
         episode, predictions = found.episode, found.predictions
         searched = found.support_set.class_ids if found.support_set else ()
         label_of = {class_id: label for label, class_id in enumerate(searched)}
         others = set(self.factory.query_index.class_ids) - set(episode.class_ids)
-        unsearched = self.truth(found.image_id, sorted(others))
+        unsearched = truth_of(self.factory.query_index, found.image_id, sorted(others))
         labels, scores = predictions.pred_classes.numpy(), predictions.scores.numpy()
         boxes, truth_boxes, other_boxes = (
             self._comparable(b.tensor.numpy(), found.truth.image_size)
@@ -285,5 +287,5 @@ class EpisodeRunner:
     ) -> None:
         """Nothing is found in a query that cannot be searched."""
         outcome.unread.append(message)
-        truth = self.truth(image_id, episode.class_ids)
+        truth = truth_of(self.factory.query_index, image_id, episode.class_ids)
         self._match(Found(episode, image_id, None, truth, _NOTHING), outcome)

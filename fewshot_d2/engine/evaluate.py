@@ -34,6 +34,7 @@ from ..evaluation.report import EvaluatedRun, ReportFacts, ReportRow, write_repo
 from ..evaluation.voc_ap import voc_scores
 from ..structures import SupportFeatures
 from .benchmark import evaluate_benchmark
+from .episode_pictures import PairExplainer
 from .plans import checked_plan, save_plans, support_datasets, write_results
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ def evaluate_plan(
     results = inference_on_dataset(model, loader, evaluator)
     if not comm.is_main_process():
         return {}
-    runs = {"": EvaluatedRun(plan, results, evaluator.detections)}
+    explain = PairExplainer(_unwrapped(model), plan, factory, build_mapper(cfg, is_train=False))
+    runs = {"": EvaluatedRun(plan, results, evaluator.detections, explain)}
     for name in cfg.FEWSHOT.TEST.BASELINES:
         detections = _baseline(name, evaluator, plan)
         scores = evaluate_detections(
@@ -149,14 +151,18 @@ def _fixed_features(
         return None
     plan.check(factory.query_index, factory.support_index, plan.dataset)
     mapper, parts = build_mapper(cfg, is_train=False), []
-    # Several processes wrap it.
-    detector = getattr(model, "module", model)
+    detector = _unwrapped(model)
     with inference_context(detector):
         for class_id, ids in plan.fixed_supports.items():
             places = [factory.support_index.locate(annotation) for annotation in ids]
             episode = factory.build(0, (class_id,), [places], key=(plan.seed, 0), episode_id=0)
             parts.append(detector.encode_support([mapper.support_set(episode)]))
     return SupportFeatures.cat(parts)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The detector, which several processes wrap."""
+    return getattr(model, "module", model)
 
 
 def _baseline(name: str, evaluator: EpisodicCOCOEvaluator, plan: EvaluationPlan) -> list[dict]:

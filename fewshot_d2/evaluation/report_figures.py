@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from . import report_html as html
 from .assignment import Assignment, assign_pairs, best_threshold, precision_by_class
 from .coco_scoring import Detection, GroundTruth, Pair
 from .metrics import ap50_by_instances, confusion_matrix
-from .report_gallery import GROUPS, choose_pairs, draw_pairs
+from .report_gallery import GROUPS, choose_pairs, draw_pairs, explain_pair
 
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 _MAX_CONFUSION_CLASSES = 40
@@ -30,11 +30,16 @@ _MAX_CONFUSION_CLASSES = 40
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """One plan with what came of it: the evaluator's result dict and its COCO result rows."""
+    """One plan with what came of it: the evaluator's result dict and its COCO result rows.
+
+    Attributes:
+        explain: draws how an image (id) was searched for a class (id), {name: ndarray[H, W, 3]}.
+    """
 
     plan: EvaluationPlan
     results: Mapping[str, Any]
     detections: Sequence[Detection]
+    explain: Callable[[int, int], Mapping[str, np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class RowAnalysis:
 
 
 def gallery(analysis: RowAnalysis, support_truth: GroundTruth, number: int) -> str:
-    """Best, median and worst pairs of a row's first run."""
+    """Best, median and worst pairs of a row's first run, and how the first of each was searched."""
     if "bbox" not in analysis.assignments or number < 1:
         return ""
     run, assignments = analysis.row.runs[0], analysis.assignments["bbox"][0]
@@ -92,6 +97,8 @@ def gallery(analysis: RowAnalysis, support_truth: GroundTruth, number: int) -> s
             threshold=threshold,
         )  # fmt: skip
         if pictures:
+            if run.explain is not None:
+                pictures += explain_pair(run.explain, groups[name][0], analysis.truth)
             figures = [html.picture(p.jpeg, p.caption, kind="jpeg") for p in pictures]
             parts.append(f"<h3>{name.capitalize()}</h3>" + html.grid(figures))
     return html.section(f"Pictures: {analysis.row.name}", *parts)

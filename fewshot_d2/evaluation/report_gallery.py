@@ -3,7 +3,7 @@
 import io
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,23 @@ def draw_pairs(
         caption = f"{support.class_names[0]}, image {image_id}, F1 {f1:.2f}"
         pictures.append(GalleryPicture(_jpeg(panel), caption))
     return pictures
+
+
+def explain_pair(
+    explain: Callable[[int, int], Mapping[str, np.ndarray]], pair: Pair, ground_truth: GroundTruth
+) -> list[GalleryPicture]:
+    """Draw how a pair was searched; one that is unreadable is logged and left out."""
+    image_id, class_id = pair
+    try:
+        panels = explain(image_id, class_id)
+    except ValueError as error:
+        logger.warning("Not explained: image %d, class %d: %s", image_id, class_id, error)
+        return []
+    where = f"{ground_truth.class_names[class_id]}, image {image_id}"
+    return [
+        GalleryPicture(_jpeg(panel), f"{where}: {name.strip('_')}")
+        for name, panel in panels.items()
+    ]
 
 
 def _support_set(truth: GroundTruth, class_id: int, annotation_ids: Sequence[int]) -> SupportSet:
