@@ -101,6 +101,31 @@ def test_pairs_are_two_examples_of_the_same_base_classes(folder, form):
                 assert sources == {class_id}
 
 
+def test_whole_supports_are_compared_in_their_images(folder):
+    """Where detection sees whole supports, a pair is two resized images with the boxes of the examples."""
+    episodes = build_training_episodes(
+        config(
+            *("FEWSHOT.SUPPORT.FORM", "whole", "FEWSHOT.RESIZE_RULE", "stretch"),
+            *("INPUT.MAX_SIZE_TRAIN", 96),
+        )
+    )
+    category = {i: c for c, i in episodes.factory.contiguous_ids.items()}
+    annotations = [(d, a) for d in DatasetCatalog.get(NAME) for a in d["annotations"]]
+    pairs = SupportPairs(episodes, num_classes=3)
+    for support_set in pairs.pair(5):
+        for class_id, (support,) in zip(support_set.class_ids, support_set.examples, strict=True):
+            sources = set()
+            for record, annotation in annotations:
+                x, y, width, height = annotation["bbox"]
+                scale = torch.tensor([96 / record["width"], 96 / record["height"]]).repeat(2)
+                box = torch.tensor([x, y, x + width, y + height]) * scale
+                if torch.allclose(box, support.box, atol=1e-3):
+                    sources.add(category[annotation["category_id"]])
+            assert class_id in sources and support.image.shape == (3, 96, 96)
+    first = next(iter(DataLoader(pairs, None, num_workers=1, collate_fn=lambda pair: pair)))
+    assert_same_pair(first, pairs.pair(0))
+
+
 def test_one_example_is_of_the_supports_and_one_of_the_queries(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("supports")
     write_set(other, seed=1)

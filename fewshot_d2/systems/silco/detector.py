@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import ROIAlign
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
@@ -22,7 +22,6 @@ from torchvision.models.detection.ssd import SSDHead
 
 from ...modeling.detector import FewShotDetector, Pairs
 from ...modeling.losses import hard_negatives, mean_over_ranks
-from ...modeling.matching import average_pool
 from ...structures import SupportFeatures, SupportSet, cat_padded
 from ...transforms import ResizeByRule
 from .priors import PriorBoxes, assigned, best_boxes
@@ -129,9 +128,7 @@ class SILCO(FewShotDetector):
         classes = [shots for support_set in support_sets for shots in support_set.positives()]
         images = []
         for shot in (shot for shots in classes for shot in shots):
-            pixels = shot.image.permute(1, 2, 0).numpy()
-            pixels = self.resize.get_transform(pixels).apply_image(pixels)
-            image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+            image = self.resize.resized(shot).image
             images.append({"image": image.flip(0) if self.input_format == "BGR" else image})
         return self.preprocess(images).tensor, [len(shots) for shots in classes]
 
@@ -260,9 +257,22 @@ class SILCO(FewShotDetector):
         return shown
 
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
-        """Pooled maps of the bottom-up on crops: pre-training, where there is any, has boxes of base classes."""
-        crops, _, _ = self.preprocess_supports(support_sets)
-        return {n: average_pool(m) for n, m in self.backbone.bottom_up(crops).items()}
+        """The used maps in the middle of the examples, which pre-training has boxes of, Tensor[K, C] each.
+
+        In whole images: what crops teach, which have one size and no neighbours, does not carry over to scenes.
+        """
+        images, _ = self.support_images(support_sets)
+        shots = [s for of_set in support_sets for of_class in of_set.positives() for s in of_class]
+        boxes = torch.stack([self.resize.resized(shot).region for shot in shots]).to(self.device)
+        centres, quarters = boxes[:, :2] / 2 + boxes[:, 2:] / 2, (boxes[:, 2:] - boxes[:, :2]) / 4
+        rows = torch.arange(len(boxes), device=self.device)[:, None]
+        # A prior that fits an object is of a cell near its middle.
+        middles = torch.cat([rows, centres - quarters, centres + quarters], dim=1)
+        maps, features = self.backbone(images), {}
+        for name in self.fusions:
+            pool = ROIAlign(1, maps[name].shape[3] / images.shape[3], sampling_ratio=2)
+            features[name] = pool(maps[name], middles).flatten(1)
+        return features
 
 
 def build_fusion(node: CfgNode, channels: int) -> nn.Module:
