@@ -155,6 +155,20 @@ def test_a_query_that_is_among_the_supports_of_another_set_is_no_support():
     assert TupleSampler(queries, others, [0], shots=3).class_ids == (0,)
 
 
+def test_a_file_that_is_listed_twice_is_refused(tmp_path):
+    """It could be the query and a support of one tuple, under two numbers."""
+    (tmp_path / "0.png").touch()
+    (tmp_path / "again.png").symlink_to(tmp_path / "0.png")
+    names = ["0.png", "1.png", "2.png", "again.png"]
+    dicts = [
+        record(i, [(1, [0, 0, 9, 9])], file_name=str(tmp_path / n)) for i, n in enumerate(names)
+    ]
+    index = InstanceIndex(dicts, {1: 1})
+    for sets in ((index, index), (index_of([[1]] * 4), index), (index, index_of([[1]] * 4))):
+        with pytest.raises(ValueError, match="every file once, got .*again.png as images 0 and 3"):
+            TupleSampler(*sets, [1], shots=2)
+
+
 def test_draws_are_a_uniform_shuffle():
     counts = Counter(tuple(_drawn(np.random.default_rng(i), "abc", 2)) for i in range(3000))
     assert set(counts) == {(a, b) for a in "abc" for b in "abc" if a != b}

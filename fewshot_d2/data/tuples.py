@@ -38,10 +38,13 @@ class TupleSampler:
             class_ids: the classes to draw from. shots: support images of a tuple.
 
         Raises:
-            ValueError: no class has ``shots`` supports and a query.
+            ValueError: no class has ``shots`` supports and a query, or a data set lists a file twice, which could make
+                it query and support of one tuple.
         """
         if shots < 1:
             raise ValueError(f"tuples must have at least 1 support image, got {shots}")
+        for index in {id(i): i for i in (query_index, support_index)}.values():
+            _refuse_repeated_files(index)
         self.query_index, self.support_index, self.shots = query_index, support_index, shots
         wanted = sorted(set(class_ids))
         self.class_ids = tuple(c for c in wanted if self._is_usable(c))
@@ -98,6 +101,17 @@ class TupleSampler:
 
 def _file(record: dict) -> str:
     return os.path.realpath(record["file_name"])
+
+
+def _refuse_repeated_files(index: InstanceIndex) -> None:
+    numbers: dict[str, int] = {}
+    for number, record in enumerate(index.dicts):
+        first = numbers.setdefault(_file(record), number)
+        if first != number:
+            raise ValueError(
+                f"a data set of tuples must list every file once, got {record['file_name']} as images "
+                f"{index.dicts[first]['image_id']} and {record['image_id']}"
+            )
 
 
 def _drawn(rng: np.random.Generator, items: Sequence[int], number: int) -> list[int]:

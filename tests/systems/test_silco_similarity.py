@@ -123,6 +123,16 @@ def test_is_the_identity_at_first(rng, is_global):
         assert_close(enhanced(normal, query, maps), query)
 
 
+def test_weights_that_are_as_good_as_zero_are_no_division_by_it(rng):
+    class Nothing(nn.Module):
+        def forward(self, nodes, is_shot):
+            return torch.zeros(is_shot.shape)
+
+    query, maps = maps_of(rng)
+    module = fusion(reweighting=Nothing(), normalize_weights=True)
+    assert enhanced(module, query, maps).eq(0).all()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("is_global", [False, True])
 def test_missing_supports_count_nothing(rng, is_global):

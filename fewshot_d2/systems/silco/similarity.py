@@ -76,7 +76,9 @@ class SimilarityFusion(nn.Module):
         if self.reweighting is not None:
             weights = self.reweighting(maps.mean(dim=(3, 4)), is_shot)
         if self.normalize_weights:
-            weights = weights / weights.sum(dim=1, keepdim=True)
+            # Sigmoids may all be as good as zero.
+            total = weights.sum(dim=1, keepdim=True)
+            weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
         keys, values = (
             _tokens(conv(maps.flatten(0, 1))).unflatten(0, is_shot.shape)
             for conv in (self.phi, self.g)
