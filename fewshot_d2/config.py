@@ -90,7 +90,18 @@ def check_config(cfg: CN) -> None:
     check_patch_config(cfg.FEWSHOT)
     check_data_config(cfg)
     pretrain = cfg.FEWSHOT.PRETRAIN
-    for key, least in (("MAX_ITER", 0), ("NUM_CLASSES", 2), ("BASE_LR", 0), ("TEMPERATURE", 1e-4)):
+    if pretrain.TASK not in ("pairs", "objects"):
+        raise ValueError(
+            f"FEWSHOT.PRETRAIN.TASK must be 'pairs' or 'objects', got {pretrain.TASK!r}"
+        )
+    least_of = {
+        "MAX_ITER": 0,
+        "NUM_CLASSES": 2,
+        "IMS_PER_BATCH": 1,
+        "BASE_LR": 0,
+        "TEMPERATURE": 1e-4,
+    }
+    for key, least in least_of.items():
         if pretrain[key] < least:
             raise ValueError(
                 f"FEWSHOT.PRETRAIN.{key} must be at least {least}, got {pretrain[key]}"
@@ -218,11 +229,15 @@ def _add_support(node: CN) -> None:
 
 def _add_pretraining(node: CN) -> None:
     node.PRETRAIN = CN()
-    # Steps of contrast between crops of base classes before the first episode, without MODEL.WEIGHTS;
-    # 0 = none (paper: a backbone trained on ImageNet without COCO's classes). AdamW with a cosine.
+    # Steps with base classes before the first episode, without MODEL.WEIGHTS; 0 = none (paper: a backbone trained on
+    # ImageNet without COCO's classes). AdamW with a cosine.
     node.PRETRAIN.MAX_ITER = 0
+    # "pairs": contrast between crops. "objects": classification of all objects of whole images, on every map.
+    node.PRETRAIN.TASK = "pairs"
     # Classes that a process compares in a step, two crops of each.
     node.PRETRAIN.NUM_CLASSES = 64
+    # Images of a step, in all processes, for objects.
+    node.PRETRAIN.IMS_PER_BATCH = 24
     node.PRETRAIN.BASE_LR = 0.002
     # Divides the cosine similarities.
     node.PRETRAIN.TEMPERATURE = 0.1

@@ -69,14 +69,6 @@ class ResizeByRule(T.Augmentation):
         height, width = image.shape[:2]
         return T.ResizeTransform(height, width, *self.shape(height, width))
 
-    def resized(self, support: Support) -> Support:
-        """The whole image of a support, with its box in it, if it has one, and without a mask."""
-        pixels, box = support.image.permute(1, 2, 0), support.box
-        transform = self.get_transform(pixels)
-        if box is not None:
-            box = torch.from_numpy(transform.apply_box(box.numpy())[0]).float()
-        return Support(_apply(transform.apply_image, pixels).permute(2, 0, 1), box)
-
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of an image after resizing."""
         return resized_shape(

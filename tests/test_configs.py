@@ -82,6 +82,8 @@ def test_there_are_configs():
         ("FEWSHOT.PRETRAIN.MAX_ITER", -1),
         ("FEWSHOT.PRETRAIN.NUM_CLASSES", 1),
         ("FEWSHOT.PRETRAIN.TEMPERATURE", -0.1),
+        ("FEWSHOT.PRETRAIN.IMS_PER_BATCH", 0),
+        ("FEWSHOT.PRETRAIN.TASK", "crops"),
     ],
 )
 def test_values_that_would_fail_late_or_do_nothing_are_refused(key, value):

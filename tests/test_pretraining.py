@@ -1,4 +1,4 @@
-"""Pre-training on pairs of examples: its loss, its data, and what it leaves in a detector."""
+"""Pre-training on pairs or objects: losses, data, and what it leaves in a detector."""
 
 import math
 import os
@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader
 from fewshot_d2 import Support
 from fewshot_d2.checkpoint import FewShotCheckpointer
 from fewshot_d2.data.coco_json import register_instances
+from fewshot_d2.data.images import TrainingImages
 from fewshot_d2.data.loaders import build_training_episodes
 from fewshot_d2.data.support_pairs import SupportPairs
 from fewshot_d2.engine import pretrain, trainer
-from fewshot_d2.engine.pretrain import pretrain_supports
+from fewshot_d2.engine.pretrain import ObjectClassification, pretrain_detector
 from fewshot_d2.modeling.losses import support_contrast
+from fewshot_d2.modeling.matching import middle_features
 from fewshot_d2.transforms import SupportCrop
 
 NAME = "pretraining_test_set"
@@ -101,31 +103,6 @@ def test_pairs_are_two_examples_of_the_same_base_classes(folder, form):
                 assert sources == {class_id}
 
 
-def test_whole_supports_are_compared_in_their_images(folder):
-    """Where detection sees whole supports, a pair is two resized images with the boxes of the examples."""
-    episodes = build_training_episodes(
-        config(
-            *("FEWSHOT.SUPPORT.FORM", "whole", "FEWSHOT.RESIZE_RULE", "stretch"),
-            *("INPUT.MAX_SIZE_TRAIN", 96),
-        )
-    )
-    category = {i: c for c, i in episodes.factory.contiguous_ids.items()}
-    annotations = [(d, a) for d in DatasetCatalog.get(NAME) for a in d["annotations"]]
-    pairs = SupportPairs(episodes, num_classes=3)
-    for support_set in pairs.pair(5):
-        for class_id, (support,) in zip(support_set.class_ids, support_set.examples, strict=True):
-            sources = set()
-            for record, annotation in annotations:
-                x, y, width, height = annotation["bbox"]
-                scale = torch.tensor([96 / record["width"], 96 / record["height"]]).repeat(2)
-                box = torch.tensor([x, y, x + width, y + height]) * scale
-                if torch.allclose(box, support.box, atol=1e-3):
-                    sources.add(category[annotation["category_id"]])
-            assert class_id in sources and support.image.shape == (3, 96, 96)
-    first = next(iter(DataLoader(pairs, None, num_workers=1, collate_fn=lambda pair: pair)))
-    assert_same_pair(first, pairs.pair(0))
-
-
 def test_one_example_is_of_the_supports_and_one_of_the_queries(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("supports")
     write_set(other, seed=1)
@@ -201,7 +178,7 @@ def test_weights_and_statistics_reach_the_frozen_model_and_heads_stay(folder, mo
     cfg = config("MODEL.BACKBONE.FREEZE_AT", 2)
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pretrain_supports(cfg, model, build_training_episodes(cfg))
+    pretrain_detector(cfg, model, build_training_episodes(cfg))
     after = model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(name.startswith("backbone.") for name in moved)
@@ -223,12 +200,86 @@ def test_weights_and_statistics_reach_the_frozen_model_and_heads_stay(folder, mo
 def test_given_weights_are_not_pretrained_over(folder, tmp_path, monkeypatch):
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
     FewShotCheckpointer(model, str(tmp_path / "given")).save("model")
-    monkeypatch.setattr(trainer, "pretrain_supports", lambda *_: pytest.fail("pre-trained over"))
+    monkeypatch.setattr(trainer, "pretrain_detector", lambda *_: pytest.fail("pre-trained over"))
     weights = str(tmp_path / "given" / "model.pth")
     cfg = config("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 1)
     run = trainer.EpisodicTrainer(cfg)
     run.resume_or_load(resume=False)
     run.train()
+
+
+OBJECTS = ("FEWSHOT.PRETRAIN.TASK", "objects", "FEWSHOT.PRETRAIN.IMS_PER_BATCH", 4)
+
+
+@torch.no_grad()
+def test_objects_are_classified_by_cosines_as_in_loops(folder):
+    cfg = config(*OBJECTS)
+    episodes = build_training_episodes(cfg)
+    images = TrainingImages(episodes.factory, episodes.mapper, per_class=0, seed=0)
+    batch, model = [images[0], images[1]], tiny_model().eval()
+    learner = ObjectClassification(model, num_classes=3, temperature=TEMPERATURE)
+    losses = learner(batch)
+    queries = model.preprocess(batch)
+    maps = model.backbone(queries.tensor)
+    assert [f"loss_class_{level}" for level in maps] == list(losses)
+    labels = [label for x in batch for label in x["instances"].gt_classes.tolist()]
+    boxes = [x["instances"].gt_boxes.tensor for x in batch]
+    for level, features in maps.items():
+        stride = queries.tensor.shape[-1] / features.shape[-1]
+        total = 0.0
+        rows = middle_features(features, boxes, stride)
+        for row, label in zip(rows, labels, strict=True):
+            cosines = [
+                float(row @ other / row.norm() / other.norm())
+                for other in learner.classifiers[level]
+            ]
+            total -= cosines[label] / TEMPERATURE
+            total += math.log(sum(math.exp(c / TEMPERATURE) for c in cosines))
+        loss = losses[f"loss_class_{level}"].item()
+        assert loss == pytest.approx(total / len(labels), rel=1e-4)
+
+
+def test_pretraining_on_objects_sees_base_classes_only(folder, monkeypatch):
+    """Every object of the images that are seen is one of a base class, and all of these are there."""
+    seen = []
+    forward = ObjectClassification.forward
+
+    def spy(self, batch):
+        assert all(len(weight) == 3 for weight in self.classifiers.values())
+        seen.extend(batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(ObjectClassification, "forward", spy)
+    cfg = config(*OBJECTS)
+    model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    episodes = build_training_episodes(cfg)
+    pretrain_detector(cfg, model, episodes)
+    after = model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("backbone.") for name in moved)
+    # Three steps.
+    assert len(seen) == 12
+    base = [5, 12, 90]
+    contiguous = [episodes.factory.contiguous_ids[c] for c in base]
+    records = {d["file_name"]: d for d in DatasetCatalog.get(NAME)}
+    for mapped in seen:
+        height, width = mapped["image"].shape[1:]
+        wanted = []
+        for a in records[mapped["file_name"]]["annotations"]:
+            if a["category_id"] in contiguous and not a.get("iscrowd"):
+                x, y, w, h = a["bbox"]
+                scale = np.array([width / mapped["width"], height / mapped["height"]] * 2)
+                box = np.array([x, y, x + w, y + h]) * scale
+                wanted.append((contiguous.index(a["category_id"]), *box.round(2).tolist()))
+        found = mapped["instances"]
+        boxes = found.gt_boxes.tensor.tolist()
+        got = [
+            (label, *np.round(box, 2).tolist())
+            for label, box in zip(found.gt_classes.tolist(), boxes, strict=True)
+        ]
+        assert [g[0] for g in sorted(got)] == [w[0] for w in sorted(wanted)]
+        np.testing.assert_allclose(sorted(got), sorted(wanted), atol=0.05)
 
 
 def pretrain_part(rank, folder):
@@ -238,7 +289,7 @@ def pretrain_part(rank, folder):
     register_instances(NAME, str(folder / "instances.json"), str(folder))
     cfg = config()
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
-    pretrain_supports(cfg, model, build_training_episodes(cfg))
+    pretrain_detector(cfg, model, build_training_episodes(cfg))
     torch.save(model.state_dict(), folder / f"rank{rank}.pth")
     dist.destroy_process_group()
 

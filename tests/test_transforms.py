@@ -5,7 +5,7 @@ import torch
 from detectron2.data.transforms import ResizeShortestEdge
 
 from fewshot_d2 import Support
-from fewshot_d2.transforms import ResizeByRule, SupportCrop, resized_shape
+from fewshot_d2.transforms import SupportCrop, resized_shape
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,3 @@ def test_context_is_a_square_window_black_outside_the_image(rng, box):
     result = crop(Support(image, torch.tensor(box), image[0] > 99))
     assert torch.equal(result.image, expected)
     assert torch.equal(result.mask, expected[0] > 99)
-
-
-def test_resized_support_keeps_what_its_box_shows():
-    """Halves of black and white: after resizing, the box is still round the white one."""
-    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
-    image[:, 10:30, 30:60] = 255
-    support = Support(image, torch.tensor([30.0, 10.0, 60.0, 30.0]), image[0] > 0)
-    rule = ResizeByRule(max_size=120, min_size=1, rule="stretch")
-    resized = rule.resized(support)
-    assert resized.box.tolist() == [60, 30, 120, 90] and resized.mask is None
-    assert resized.image.shape == (3, 120, 120) and resized.image[:, 32:88, 64:].min() > 200
-    assert resized.image[:, :, :56].max() < 50 and resized.image[:, :28].max() < 50
-    assert rule.resized(resized).image.equal(resized.image)
-    assert rule.resized(Support(image)).box is None

@@ -279,28 +279,32 @@ class EpisodicTrainLoader:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         while True:
             self._is_stale = False
-            for batch in self._opened():
+            for batch in open_batches(
+                self.episodes,
+                start=get_event_storage().iter * self.total_batch_size,
+                batch_size=self.total_batch_size,
+                num_workers=self.num_workers,
+            ):
                 yield batch
                 if self._is_stale:
                     break
 
-    def _opened(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches from the trainer's iteration on."""
-        stream = EpisodeStream(
-            self.episodes,
-            start=get_event_storage().iter * self.total_batch_size,
-            batch_size=self.total_batch_size // comm.get_world_size(),
-        )
-        loader = build_detection_train_loader(
-            stream,
-            mapper=None,
-            total_batch_size=self.total_batch_size,
-            aspect_ratio_grouping=False,
-            num_workers=self.num_workers,
-        )
-        # Opening a DataLoader draws a number, which a run that is not resumed here would not do.
-        with torch.random.fork_rng(devices=[]):
-            return iter(loader)
+
+def open_batches(
+    episodes: Any, *, start: int, batch_size: int, num_workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Endless batches of this process, from episode ``start`` on; ``batch_size`` is that of all processes."""
+    stream = EpisodeStream(episodes, start=start, batch_size=batch_size // comm.get_world_size())
+    loader = build_detection_train_loader(
+        stream,
+        mapper=None,
+        total_batch_size=batch_size,
+        aspect_ratio_grouping=False,
+        num_workers=num_workers,
+    )
+    # Opening a DataLoader draws a number, which a run that is not resumed here would not do.
+    with torch.random.fork_rng(devices=[]):
+        return iter(loader)
 
 
 class EpisodicTestLoader:

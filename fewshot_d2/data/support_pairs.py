@@ -1,7 +1,7 @@
 """Pairs of examples of base classes, for pre-training what encodes supports.
 
 A pair is drawn as in an episode: one example out of the supports, the other out of the queries, so a detector first
-learns on cheap crops what it must recognise in whole scenes; or in whole scenes, where its supports are such.
+learns on cheap crops what it must recognise in whole scenes.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from .index import InstanceIndex
 
 # Pixels that a process keeps, its workers together: crops are small, and every class is drawn again and again.
 _CACHED_BYTES = 256 << 20
-_Example = Callable[[InstanceIndex, int, int], Support]
+_Crop = Callable[[InstanceIndex, int, int], Support]
 
 
 class SupportPairs(IterableDataset):
@@ -45,30 +45,25 @@ class SupportPairs(IterableDataset):
                 "FEWSHOT.PRETRAIN must have at least 2 base classes with examples in two images, "
                 f"got {self.num_classes}"
             )
-        # Where supports have no box, they are found among their neighbours.
-        self.is_whole = episodes.mapper.support_form == "whole"
         # Workers that are spawned could not ask for it.
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[tuple[SupportSet, SupportSet]]:
         worker, num_workers = worker_place()
-        mapper = self.episodes.mapper
-        side = mapper.resize.max_size if self.is_whole else mapper.support_crop.size
-        kept_bytes = 3 * side**2 * num_workers
-        cached = lru_cache(maxsize=max(_CACHED_BYTES // kept_bytes, 1))(self._example)
+        kept_bytes = 3 * self.episodes.mapper.support_crop.size**2 * num_workers
+        cached = lru_cache(maxsize=max(_CACHED_BYTES // kept_bytes, 1))(self._crop)
 
         def copied(*place: InstanceIndex | int) -> Support:
             # A worker moves what it sends into shared memory, an open file each: never the cached one.
-            example = cached(*place)
-            box = None if example.box is None else example.box.clone()
-            return replace(example, image=example.image.clone(), box=box)
+            crop = cached(*place)
+            return replace(crop, image=crop.image.clone())
 
         for own_step in itertools.count(worker, num_workers):
             yield self.pair(own_step * self.world_size + self.rank, copied)
 
-    def pair(self, number: int, example: _Example | None = None) -> tuple[SupportSet, SupportSet]:
+    def pair(self, number: int, crop: _Crop | None = None) -> tuple[SupportSet, SupportSet]:
         """Draw pair ``number``; the result depends on the seed and the number alone."""
-        factory, example = self.episodes.factory, example or self._example
+        factory, crop = self.episodes.factory, crop or self._crop
         rng = np.random.default_rng((self.episodes.seed, number, 3))
         classes = rng.choice(self.class_ids, self.num_classes, replace=False).tolist()
         examples: list[list[Support]] = []
@@ -77,12 +72,11 @@ class SupportPairs(IterableDataset):
             ((image, position),) = factory.support_index.draw_support(rng, class_id, 1)
             exclude = (image,) if factory.is_one_set else ()
             (other,) = factory.query_index.draw_support(rng, class_id, 1, exclude)
-            examples.append([example(factory.support_index, image, position)])
-            others.append([example(factory.query_index, *other)])
+            examples.append([crop(factory.support_index, image, position)])
+            others.append([crop(factory.query_index, *other)])
         names = [factory.names[c] for c in classes]
         return SupportSet(classes, names, examples), SupportSet(classes, names, others)
 
-    def _example(self, index: InstanceIndex, image_index: int, position: int) -> Support:
+    def _crop(self, index: InstanceIndex, image_index: int, position: int) -> Support:
         mapper, record = self.episodes.mapper, index.dicts[image_index]
-        boxed = mapper.boxed(record, record["annotations"][position])
-        return mapper.resize.resized(boxed) if self.is_whole else mapper.support_crop(boxed)
+        return mapper.support_crop(mapper.boxed(record, record["annotations"][position]))

@@ -1,14 +1,18 @@
-"""Pre-training of what encodes supports, for detectors that start without weights.
+"""Pre-training for detectors that start without weights.
 
-The paper starts from a backbone trained to tell objects apart, without the novel classes (5.1). Where there are
-no such weights, episodes alone leave a from-scratch detector at chance for long: it learns to find objects, but the few
-comparisons of a scene do not teach what makes two of them alike. Here one step compares many classes, on crops that
-cost little.
+The papers start from a backbone trained to tell objects apart, without the novel classes. Where there are no such
+weights, episodes alone leave a from-scratch detector at chance for long: it learns to find objects, but the few
+comparisons of a scene do not teach what makes two of them alike. Here one step compares many base classes: pairs of
+crops, which cost little; or, for detectors whose supports are whole pictures, all objects of scenes, because what is
+learned on crops, of one size and without neighbours, does not carry over.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.modeling import build_model
@@ -19,9 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.episodes import TrainingEpisodes
+from ..data.images import TrainingImages
+from ..data.loaders import open_batches
 from ..data.support_pairs import SupportPairs
 from ..modeling.detector import FewShotDetector
 from ..modeling.losses import support_contrast
+from ..modeling.matching import middle_features
 from ..structures import SupportSet
 from .hooks import SeedEachStep
 from .solver import average_buffers, build_optimizer, distributed
@@ -48,29 +55,57 @@ class SupportContrast(nn.Module):
         }
 
 
-def pretrain_supports(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEpisodes) -> None:
-    """Train how a twin encodes supports for FEWSHOT.PRETRAIN.MAX_ITER steps and load its weights into ``model``.
+class ObjectClassification(nn.Module):
+    """Tells base classes apart by what each map has in the middle of an object.
+
+    The classifiers, by cosines and one a map, are thrown away: directions are what is compared later.
+    """
+
+    def __init__(self, detector: FewShotDetector, num_classes: int, temperature: float):
+        """Take the detector whose maps are to be trained."""
+        super().__init__()
+        self.detector, self.temperature = detector, temperature
+        shapes = detector.backbone.output_shape()
+        self.classifiers = nn.ParameterDict(
+            {
+                # Short vectors turn fast.
+                level: nn.Parameter(0.05 * torch.randn(num_classes, shapes[level].channels))
+                for level in detector.object_levels
+            }
+        )
+
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Losses of the queries' objects: {"loss_class_<level>": Tensor[]}."""
+        queries = self.detector.preprocess(batched_inputs)
+        maps = self.detector.backbone(queries.tensor)
+        boxes = [x["instances"].gt_boxes.tensor.to(self.detector.device) for x in batched_inputs]
+        labels = torch.cat([x["instances"].gt_classes for x in batched_inputs]).to(queries.device)
+        losses = {}
+        for level, classifier in self.classifiers.items():
+            stride = queries.tensor.shape[-1] / maps[level].shape[-1]
+            objects = F.normalize(middle_features(maps[level], boxes, stride), dim=1)
+            logits = objects @ F.normalize(classifier, dim=1).T / self.temperature
+            total = F.cross_entropy(logits, labels, reduction="sum")
+            losses[f"loss_class_{level}"] = total / max(len(labels), 1)
+        return losses
+
+
+def pretrain_detector(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEpisodes) -> None:
+    """Train a twin for FEWSHOT.PRETRAIN.MAX_ITER steps and load its weights into ``model``.
 
     The twin has living batch norms; in ``model`` they may be frozen, and then supports and queries, whose statistics
-    differ, pass through the same function. Base classes only: the pairs come out of the training episodes. In several
-    processes each compares its own classes, so the result depends on their number.
+    differ, pass through the same function. Base classes only: objects come out of the training episodes. In several
+    processes each compares its own, so the result depends on their number.
     """
     schedule = pretraining_config(cfg)
     iterations = schedule.SOLVER.MAX_ITER
-    logger.info("Pre-training on pairs of examples, %d steps", iterations)
+    logger.info("Pre-training on %s, %d steps", cfg.FEWSHOT.PRETRAIN.TASK, iterations)
     twin = build_model(schedule)
     twin.load_state_dict(model.state_dict(), strict=False)
-    optimizer = build_optimizer(schedule, twin)
-    loader = DataLoader(
-        SupportPairs(episodes, cfg.FEWSHOT.PRETRAIN.NUM_CLASSES),
-        batch_size=None,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-    )
+    learner, loader = _TASKS[cfg.FEWSHOT.PRETRAIN.TASK](cfg, twin, episodes)
+    optimizer = build_optimizer(schedule, learner)
     # The heads have no part in it.
-    contrast = distributed(
-        SupportContrast(twin, cfg.FEWSHOT.PRETRAIN.TEMPERATURE), find_unused_parameters=True
-    )
-    trainer = SimpleTrainer(contrast, loader, optimizer)
+    trainer = SimpleTrainer(distributed(learner, find_unused_parameters=True), loader, optimizer)
     trainer.register_hooks(
         [
             SeedEachStep(max(cfg.SEED, 0)),
@@ -87,6 +122,29 @@ def pretrain_supports(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEp
     missing, _ = model.load_state_dict(twin.state_dict(), strict=False)
     if missing:
         raise ValueError(f"the pre-trained twin must have all weights, got none for {missing[:3]}")
+
+
+def _pairs(
+    cfg: CfgNode, twin: FewShotDetector, episodes: TrainingEpisodes
+) -> tuple[nn.Module, Iterable]:
+    pairs = SupportPairs(episodes, cfg.FEWSHOT.PRETRAIN.NUM_CLASSES)
+    loader = DataLoader(pairs, batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    return SupportContrast(twin, cfg.FEWSHOT.PRETRAIN.TEMPERATURE), loader
+
+
+def _objects(
+    cfg: CfgNode, twin: FewShotDetector, episodes: TrainingEpisodes
+) -> tuple[nn.Module, Iterable]:
+    node = cfg.FEWSHOT.PRETRAIN
+    images = TrainingImages(episodes.factory, episodes.mapper, per_class=0, seed=episodes.seed)
+    loader = open_batches(
+        images, start=0, batch_size=node.IMS_PER_BATCH, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    learner = ObjectClassification(twin, len(images.class_ids), node.TEMPERATURE)
+    return learner.to(twin.device), loader
+
+
+_TASKS = {"pairs": _pairs, "objects": _objects}
 
 
 def pretraining_config(cfg: CfgNode) -> CfgNode:

@@ -19,7 +19,7 @@ from ..modeling.detector import FewShotDetector
 from .evaluate import evaluate
 from .hooks import HeadsOnlyWarmup, SeedEachStep, TrainingPictures
 from .patch_mining import HardPatchMining
-from .pretrain import pretrain_supports
+from .pretrain import pretrain_detector
 from .solver import build_optimizer, distributed
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ class EpisodicTrainer(DefaultTrainer):
         return evaluate(cfg, model)
 
     def train(self) -> Any:
-        """Pre-train on supports where FEWSHOT.PRETRAIN says so and there are no weights, then train on episodes."""
+        """Pre-train where FEWSHOT.PRETRAIN says so and there are no weights, then train on episodes."""
         if (
             self.start_iter == 0
             and self.cfg.FEWSHOT.PRETRAIN.MAX_ITER
             and not self.cfg.MODEL.WEIGHTS
         ):
             episodes = self._trainer.data_loader.episodes
-            pretrain_supports(self.cfg, self.checkpointer.model, episodes)
+            pretrain_detector(self.cfg, self.checkpointer.model, episodes)
         return super().train()
 
     def build_hooks(self) -> list[Any]:

@@ -128,6 +128,11 @@ class FewShotDetector(nn.Module):
         """Where the model is."""
         return self.pixel_mean.device
 
+    @property
+    def object_levels(self) -> list[str]:
+        """Maps of the backbone in which pre-training on objects classifies them: all of them."""
+        return list(self.backbone.output_shape())
+
     def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:
         """Features of all classes of all sets, set after set; independent of any query."""
         raise NotImplementedError

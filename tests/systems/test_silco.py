@@ -294,6 +294,8 @@ def test_contradicting_keys_are_refused(key, value, message):
 
 
 def test_one_trunk_alone_cannot_be_pre_trained():
+    with pytest.raises(ValueError, match=r"PRETRAIN.TASK must be 'objects'"):
+        built("FEWSHOT.PRETRAIN.MAX_ITER", 1, "FEWSHOT.PRETRAIN.TASK", "pairs")
     with pytest.raises(ValueError, match=r"PRETRAIN.MAX_ITER must be 0"):
         built("MODEL.SILCO.SEPARATE_TRUNKS", True, "FEWSHOT.PRETRAIN.MAX_ITER", 1)
 

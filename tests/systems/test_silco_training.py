@@ -5,9 +5,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from factories import ROOT, write_set
-from silco_cases import SIDE, FewConvolutions, small_silco
+from silco_cases import small_silco
 
-from fewshot_d2 import Support, SupportSet, load_config
+from fewshot_d2 import load_config
 from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.data.datasets.common_localization import VID_CLASSES
 from fewshot_d2.data.splits import resolve_split
@@ -79,34 +79,3 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     assert moved > 1e-3, "the comparison needs weights that moved"
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-
-
-class Ramps(FewConvolutions):
-    """A map whose channels are the middle of each cell in pixels, x and y."""
-
-    def forward(self, images):
-        cells = (torch.arange(images.shape[3] // 4) + 0.5) * 4
-        return {
-            "map": torch.stack(torch.meshgrid(cells, cells, indexing="xy")).expand(
-                len(images), -1, -1, -1
-            )
-        }
-
-
-def test_pretraining_compares_the_middles_of_boxes(rng):
-    """Interpolation is exact on a ramp: what is pooled is the middle of the box, in pixels of the resized image."""
-    model = small_silco(scales=1)
-    model.backbone = Ramps()
-    model.fusions = torch.nn.ModuleDict({"map": model.fusions["scale0"]})
-    image = torch.zeros(3, 2 * SIDE, SIDE, dtype=torch.uint8)
-    boxes = torch.tensor(
-        [[6.0, 20.0, 18.0, 28.0], [9.0, 30.0, 25.0, 50.0], [4.0, 12.0, 28.0, 60.0]]
-    )
-    examples = [[Support(image, box)] for box in boxes]
-    pair = [
-        SupportSet([1, 2], ["a", "b"], examples[:2]),
-        SupportSet([1], ["a"], examples[2:]),
-    ]
-    middles = model.contrast_features(pair)["map"]
-    wanted = torch.tensor([[12.0, 12.0], [17.0, 20.0], [16.0, 18.0]])
-    torch.testing.assert_close(middles, wanted)

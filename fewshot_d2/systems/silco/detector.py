@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ROIAlign
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
@@ -107,6 +107,11 @@ class SILCO(FewShotDetector):
             "selection": Selection(node.SCORE_THRESH, node.PRE_NMS_TOPK, node.NMS_IOU),
         }
 
+    @property
+    def object_levels(self) -> list[str]:
+        """The maps that are used."""
+        return list(self.fusions)
+
     def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:
         """Tensors of each used map, {"scale0.keys": Tensor[K, S, h * w, D], ...}, and "is_shot" (bool[K, S])."""
         images, num_shots = self.support_images(support_sets)
@@ -128,7 +133,9 @@ class SILCO(FewShotDetector):
         classes = [shots for support_set in support_sets for shots in support_set.positives()]
         images = []
         for shot in (shot for shots in classes for shot in shots):
-            image = self.resize.resized(shot).image
+            pixels = shot.image.permute(1, 2, 0).numpy()
+            pixels = self.resize.get_transform(pixels).apply_image(pixels)
+            image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
             images.append({"image": image.flip(0) if self.input_format == "BGR" else image})
         return self.preprocess(images).tensor, [len(shots) for shots in classes]
 
@@ -256,24 +263,6 @@ class SILCO(FewShotDetector):
             shown["attention"] = looked_at.movedim(0, 2)
         return shown
 
-    def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
-        """The used maps in the middle of the examples, which pre-training has boxes of, Tensor[K, C] each.
-
-        In whole images: what crops teach, which have one size and no neighbours, does not carry over to scenes.
-        """
-        images, _ = self.support_images(support_sets)
-        shots = [s for of_set in support_sets for of_class in of_set.positives() for s in of_class]
-        boxes = torch.stack([self.resize.resized(shot).region for shot in shots]).to(self.device)
-        centres, quarters = boxes[:, :2] / 2 + boxes[:, 2:] / 2, (boxes[:, 2:] - boxes[:, :2]) / 4
-        rows = torch.arange(len(boxes), device=self.device)[:, None]
-        # A prior that fits an object is of a cell near its middle.
-        middles = torch.cat([rows, centres - quarters, centres + quarters], dim=1)
-        maps, features = self.backbone(images), {}
-        for name in self.fusions:
-            pool = ROIAlign(1, maps[name].shape[3] / images.shape[3], sampling_ratio=2)
-            features[name] = pool(maps[name], middles).flatten(1)
-        return features
-
 
 def build_fusion(node: CfgNode, channels: int) -> nn.Module:
     """What enhances a map of so many channels, by the keys MODEL.SILCO."""
@@ -323,6 +312,11 @@ def _check_keys(cfg: CfgNode) -> None:
         raise ValueError(
             "FEWSHOT.PRETRAIN.MAX_ITER must be 0 with SILCO.SEPARATE_TRUNKS, as it trains one trunk only, got "
             f"{cfg.FEWSHOT.PRETRAIN.MAX_ITER}"
+        )
+    if cfg.FEWSHOT.PRETRAIN.MAX_ITER and cfg.FEWSHOT.PRETRAIN.TASK != "objects":
+        raise ValueError(
+            "FEWSHOT.PRETRAIN.TASK must be 'objects' for SILCO, whose supports have no boxes, got "
+            f"{cfg.FEWSHOT.PRETRAIN.TASK!r}"
         )
     if cfg.FEWSHOT.SUPPORT.FORM == "crop":
         logger.warning("SILCO takes whole pictures as supports, and FEWSHOT.SUPPORT.FORM is 'crop'")
