@@ -74,6 +74,7 @@ def check_config(cfg: CN) -> None:
         ("FEWSHOT.BENCHMARK.SUPPORTS", (cfg.FEWSHOT.BENCHMARK.SUPPORTS,), SUPPORT_UNITS),
         ("FEWSHOT.RETRIEVAL.REGIONS", (cfg.FEWSHOT.RETRIEVAL.REGIONS,), REGION_SOURCES),
         ("FEWSHOT.TRAIN_ON", (cfg.FEWSHOT.TRAIN_ON,), TRAINED_ON),
+        ("FEWSHOT.PRETRAIN.TASK", (cfg.FEWSHOT.PRETRAIN.TASK,), ("pairs", "objects")),
         ("MODEL.FPN.TOP_BLOCK", (cfg.MODEL.FPN.TOP_BLOCK,), ("maxpool", "conv")),
         ("FEWSHOT.RESIZE_RULE", (cfg.FEWSHOT.RESIZE_RULE,), RESIZE_RULES),
         ("INPUT.RANDOM_FLIP", (cfg.INPUT.RANDOM_FLIP,), ("none", "horizontal")),
@@ -90,10 +91,6 @@ def check_config(cfg: CN) -> None:
     check_patch_config(cfg.FEWSHOT)
     check_data_config(cfg)
     pretrain = cfg.FEWSHOT.PRETRAIN
-    if pretrain.TASK not in ("pairs", "objects"):
-        raise ValueError(
-            f"FEWSHOT.PRETRAIN.TASK must be 'pairs' or 'objects', got {pretrain.TASK!r}"
-        )
     least_of = {
         "MAX_ITER": 0,
         "NUM_CLASSES": 2,

@@ -9,7 +9,7 @@ import torch
 from factories import CATEGORIES, registered_set, tiny_config, tiny_model, write_set
 from plan_cases import make_index, plan_of
 
-from fewshot_d2.data.loaders import EpisodicTestLoader, build_factory, build_plans
+from fewshot_d2.data.loaders import EpisodicTestLoader, build_factory, build_mapper, build_plans
 from fewshot_d2.data.plans import EvaluationPlan
 from fewshot_d2.engine.evaluate import evaluate_plan
 
@@ -82,7 +82,7 @@ def sets(tmp_path):
         yield tmp_path
 
 
-def plan_of_sets(protocol="present"):
+def plan_of_sets(protocol="present", is_fixed=True):
     (plan,) = build_plans(
         dataset="fixed_queries",
         support_dataset="fixed_supports",
@@ -92,7 +92,7 @@ def plan_of_sets(protocol="present"):
         protocol=protocol,
         shots=3,
         seed=0,
-        fixed_supports=True,
+        fixed_supports=is_fixed,
     )
     return plan
 
@@ -122,12 +122,16 @@ def test_evaluation_with_supports_encoded_once(sets, tmp_path, monkeypatch, prot
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
 
 
-def test_a_pair_is_explained_by_the_search_that_was_evaluated(sets, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_a_pair_is_explained_by_the_search_that_was_evaluated(
+    sets, tmp_path, monkeypatch, caplog, is_fixed
+):
     cfg = tiny_config("DATASETS.TEST", ("fixed_queries",), "OUTPUT_DIR", str(tmp_path))
     model = tiny_model("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0).train()
-    plan, factory = plan_of_sets("open"), build_factory("fixed_queries", "fixed_supports")
+    plan = plan_of_sets("open", is_fixed=is_fixed)
+    factory = build_factory("fixed_queries", "fixed_supports")
     run = evaluate_plan(cfg, model, plan, factory)[""]
-    shown = []
+    shown, mapper = [], build_mapper(cfg, is_train=False)
 
     def panels(model, found, pixels):
         shown.append((found, model.training))
@@ -141,7 +145,11 @@ def test_a_pair_is_explained_by_the_search_that_was_evaluated(sets, tmp_path, mo
         record = factory.query_index.dicts[factory.query_index.image_index(episode.image_id)]
         assert picture.shape == (record["height"], record["width"], 3) and not was_training
         assert found.support_set.class_ids == [class_id]
-        assert len(found.support_set.examples[0]) == len(episode.supports[k]) == 3
+        for shot, number in zip(found.support_set.examples[0], episode.supports[k], strict=True):
+            image, position = factory.support_index.locate(number)
+            example = factory.support_index.dicts[image]
+            wanted = mapper.support(example, example["annotations"][position])
+            assert shot.image.equal(wanted.image)
         assert len(found.truth) == sum(
             factory.contiguous_ids[class_id] == a["category_id"] for a in record["annotations"]
         )
@@ -151,6 +159,9 @@ def test_a_pair_is_explained_by_the_search_that_was_evaluated(sets, tmp_path, mo
         ]  # fmt: skip
         assert predictions.scores.tolist() == pytest.approx([d["score"] for d in pair], abs=1e-5)
     assert any(len(found.predictions) for found, _ in shown) and model.training
+    Path(record["file_name"]).write_bytes(b"no picture")
+    assert run.explain(episode.image_id, episode.class_ids[0]) == {}
+    assert f"Not explained: image {episode.image_id}" in caplog.text
 
 
 def test_queries_come_with_the_features_of_their_classes(sets):

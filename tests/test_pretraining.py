@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.structures import Boxes, Instances
 from factories import random_support_set, registered_set, tiny_config, tiny_model, write_set
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -17,17 +20,16 @@ from torch.utils.data import DataLoader
 from fewshot_d2 import Support
 from fewshot_d2.checkpoint import FewShotCheckpointer
 from fewshot_d2.data.coco_json import register_instances
-from fewshot_d2.data.images import TrainingImages
 from fewshot_d2.data.loaders import build_training_episodes
 from fewshot_d2.data.support_pairs import SupportPairs
 from fewshot_d2.engine import pretrain, trainer
 from fewshot_d2.engine.pretrain import ObjectClassification, pretrain_detector
 from fewshot_d2.modeling.losses import support_contrast
-from fewshot_d2.modeling.matching import middle_features
 from fewshot_d2.transforms import SupportCrop
 
 NAME = "pretraining_test_set"
 TEMPERATURE = 0.1
+OBJECTS = ("FEWSHOT.PRETRAIN.TASK", "objects", "FEWSHOT.PRETRAIN.IMS_PER_BATCH", 4)
 
 
 def naive_contrast(first, second, temperature):
@@ -166,7 +168,10 @@ def test_worker_does_not_keep_a_file_open_for_every_crop(folder):
 
 
 def test_one_class_cannot_be_compared(folder):
-    episodes = build_training_episodes(config("FEWSHOT.SPLIT", "novel:b,c,d"))
+    cfg = config("FEWSHOT.SPLIT", "novel:b,c,d", *OBJECTS)
+    episodes = build_training_episodes(cfg)
+    with pytest.raises(ValueError, match="at least 2 base classes, got 1"):
+        pretrain_detector(cfg, tiny_model(), episodes)
     with pytest.raises(ValueError, match="at least 2 base classes"):
         SupportPairs(episodes, num_classes=8)
 
@@ -208,35 +213,54 @@ def test_given_weights_are_not_pretrained_over(folder, tmp_path, monkeypatch):
     run.train()
 
 
-OBJECTS = ("FEWSHOT.PRETRAIN.TASK", "objects", "FEWSHOT.PRETRAIN.IMS_PER_BATCH", 4)
+class Ramps(Backbone):
+    """Maps whose channels are the middle of each cell in pixels, x and y."""
+
+    def output_shape(self):
+        return {f"s{stride}": ShapeSpec(channels=2, stride=stride) for stride in (4, 8)}
+
+    def forward(self, images):
+        maps = {}
+        for name, shape in self.output_shape().items():
+            rows, columns = (torch.arange(side // shape.stride) for side in images.shape[2:])
+            x, y = ((cells + 0.5) * shape.stride for cells in (columns, rows))
+            ramps = torch.stack(torch.meshgrid(x, y, indexing="xy"))
+            maps[name] = ramps.expand(len(images), -1, -1, -1)
+        return maps
 
 
 @torch.no_grad()
-def test_objects_are_classified_by_cosines_as_in_loops(folder):
-    cfg = config(*OBJECTS)
-    episodes = build_training_episodes(cfg)
-    images = TrainingImages(episodes.factory, episodes.mapper, per_class=0, seed=0)
-    batch, model = [images[0], images[1]], tiny_model().eval()
+def test_objects_are_classified_by_cosines_as_in_loops(rng):
+    """What is classified is known: centres of boxes, in images of two shapes; one object is difficult."""
+    model = tiny_model()
+    model.backbone = Ramps()
     learner = ObjectClassification(model, num_classes=3, temperature=TEMPERATURE)
+    first, second = Instances((40, 64)), Instances((64, 48))
+    first.gt_boxes = Boxes([[4.0, 8.0, 20.0, 12.0], [10.0, 10.0, 50.0, 30.0]])
+    second.gt_boxes = Boxes([[8.0, 8.0, 24.0, 56.0], [30.0, 50.0, 80.0, 90.0]])
+    first.gt_classes, second.gt_classes = torch.tensor([2, 0]), torch.tensor([1, 1])
+    second.gt_difficult = torch.tensor([False, True])
+    batch = [
+        {"image": torch.zeros(3, *i.image_size, dtype=torch.uint8), "instances": i}
+        for i in (first, second)
+    ]
     losses = learner(batch)
-    queries = model.preprocess(batch)
-    maps = model.backbone(queries.tensor)
-    assert [f"loss_class_{level}" for level in maps] == list(losses)
-    labels = [label for x in batch for label in x["instances"].gt_classes.tolist()]
-    boxes = [x["instances"].gt_boxes.tensor for x in batch]
-    for level, features in maps.items():
-        stride = queries.tensor.shape[-1] / features.shape[-1]
+    assert list(losses) == ["loss_class_s4", "loss_class_s8"]
+    rows = [((12.0, 10.0), 2), ((30.0, 20.0), 0), ((16.0, 32.0), 1)]
+    for level, classifier in learner.classifiers.items():
         total = 0.0
-        rows = middle_features(features, boxes, stride)
-        for row, label in zip(rows, labels, strict=True):
+        for row, label in rows:
             cosines = [
-                float(row @ other / row.norm() / other.norm())
-                for other in learner.classifiers[level]
+                sum(a * b for a, b in zip(row, other, strict=True))
+                / math.hypot(*row)
+                / math.hypot(*other)
+                for other in classifier.tolist()
             ]
             total -= cosines[label] / TEMPERATURE
             total += math.log(sum(math.exp(c / TEMPERATURE) for c in cosines))
-        loss = losses[f"loss_class_{level}"].item()
-        assert loss == pytest.approx(total / len(labels), rel=1e-4)
+        assert losses[f"loss_class_{level}"].item() == pytest.approx(total / 3, rel=1e-4)
+    nothing = [{**x, "instances": x["instances"][:0]} for x in batch]
+    assert all(loss == 0 for loss in learner(nothing).values())
 
 
 def test_pretraining_on_objects_sees_base_classes_only(folder, monkeypatch):
@@ -282,20 +306,21 @@ def test_pretraining_on_objects_sees_base_classes_only(folder, monkeypatch):
         np.testing.assert_allclose(sorted(got), sorted(wanted), atol=0.05)
 
 
-def pretrain_part(rank, folder):
+def pretrain_part(rank, folder, task):
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     register_instances(NAME, str(folder / "instances.json"), str(folder))
-    cfg = config()
+    cfg = config("FEWSHOT.PRETRAIN.TASK", task, "FEWSHOT.PRETRAIN.IMS_PER_BATCH", 4)
     model = tiny_model("MODEL.RESNETS.NORM", "FrozenBN")
     pretrain_detector(cfg, model, build_training_episodes(cfg))
     torch.save(model.state_dict(), folder / f"rank{rank}.pth")
     dist.destroy_process_group()
 
 
-def test_processes_end_with_the_same_weights_and_statistics(folder):
-    mp.spawn(pretrain_part, (folder,), nprocs=2)
+@pytest.mark.parametrize("task", ["pairs", "objects"])
+def test_processes_end_with_the_same_weights_and_statistics(folder, task):
+    mp.spawn(pretrain_part, (folder, task), nprocs=2)
     first, second = (torch.load(folder / f"rank{rank}.pth") for rank in range(2))
     start = tiny_model("MODEL.RESNETS.NORM", "FrozenBN").state_dict()
     assert any(not torch.equal(start[name], first[name]) for name in first)

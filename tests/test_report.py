@@ -142,14 +142,14 @@ def test_report_is_complete_and_self_contained(dataset, tmp_path):
         assert picture.width >= 384 and picture.height > 2 * 384
 
 
-def test_the_first_pair_of_each_group_is_explained(dataset, tmp_path, caplog):
+def test_the_first_pair_of_each_group_is_explained(dataset, tmp_path):
     rows = rows_of(*dataset)
     asked = []
 
     def explain(image_id, class_id):
         asked.append((image_id, class_id))
         if len(asked) == 2:
-            raise ValueError("the query must be a readable image")
+            return {}
         return {"_heat": np.zeros((8, 8, 3), np.uint8), "_grid": np.zeros((8, 8, 3), np.uint8)}
 
     runs = [dataclasses.replace(run, explain=explain) for run in rows[0].runs]
@@ -163,7 +163,6 @@ def test_the_first_pair_of_each_group_is_explained(dataset, tmp_path, caplog):
     ]
     # Three groups of two pairs, and two panels of two pairs.
     assert text.count("data:image/jpeg") == 6 + 4
-    assert f"Not explained: image {asked[1][0]}" in caplog.text
 
 
 def test_report_without_masks_training_or_runs(dataset, tmp_path):

@@ -1,5 +1,6 @@
 """Pictures of how a detector searched a query, of what its ``explain`` gives (SILCO Figs. 3 and 4, OS2D Fig. 2)."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,17 +12,19 @@ from detectron2.structures import Instances
 
 from ..data.dataset_mapper import read_image
 from ..data.episodes import Episode, EpisodeFactory, PlannedEpisodes
-from ..data.plans import EvaluationPlan
+from ..data.plans import EvaluationPlan, PlannedEpisode
 from ..modeling.detector import FewShotDetector
 from ..visualization import alignment_panel
 from ..visualization.attention import attention_panel, heat_panel
 from .episode_runner import Found, truth_of
 
+logger = logging.getLogger(__name__)
+
 _DOTS, _JOINT_DOTS = 20, 100
 
 
 class PairExplainer:
-    """Searches a query of a plan for one of its classes once more, to show how."""
+    """Searches a query of a plan once more, for one of its classes alone, to show how."""
 
     def __init__(
         self,
@@ -32,28 +35,35 @@ class PairExplainer:
     ):
         """Take a plan that was checked against the factory's indices, and a mapper of inference."""
         self.model, self.episodes = model, PlannedEpisodes(plan, factory, mapper)
-        self._planned = {(e.image_id, c): e for e in plan.episodes for c in e.class_ids}
 
     @torch.no_grad()
     def __call__(self, image_id: int, class_id: int) -> dict[str, np.ndarray]:
-        """Panels of ``explanation_panels``.
-
-        Raises:
-            ValueError: the query or a support cannot be read.
-        """
-        planned = self._planned[image_id, class_id]
-        shots = planned.supports[planned.class_ids.index(class_id)]
-        planned = replace(planned, class_ids=(class_id,), supports=(shots,))
-        mapped = self.episodes.mapper(self.episodes.episode(planned))
+        """Panels of ``explanation_panels``; none, and a warning, where the query or a support cannot be read."""
+        planned = self._planned(image_id, class_id)
         index = self.episodes.factory.query_index
+        try:
+            mapped = self.episodes.mapper(self.episodes.episode(planned))
+            pixels = read_image(index.dicts[index.image_index(image_id)], "RGB")
+        except ValueError as error:
+            logger.warning("Not explained: image %d, class %d: %s", image_id, class_id, error)
+            return {}
         truth = truth_of(index, image_id, [class_id])
-        pixels = read_image(index.dicts[index.image_index(image_id)], "RGB")
         with inference_context(self.model):
             features = self.model.encode_support([mapped["support"]])
             query = self.model.describe_queries([mapped])[0]
             predictions = self.model.search(query, features).to("cpu")
             found = Found(planned, image_id, mapped["support"], truth, predictions, query, features)
             return explanation_panels(self.model, found, pixels)
+
+    def _planned(self, image_id: int, class_id: int) -> PlannedEpisode:
+        """The episode of the pair, with this class alone."""
+        episode = next(
+            e
+            for e in self.episodes.plan.episodes
+            if e.image_id == image_id and class_id in e.class_ids
+        )
+        shots = episode.supports[episode.class_ids.index(class_id)]
+        return replace(episode, class_ids=(class_id,), supports=(shots,))
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from ..evaluation.localization import single_target_scores
 from ..evaluation.metrics import summarize_runs
 from ..evaluation.report import EvaluatedRun, ReportFacts, ReportRow, write_report
 from ..evaluation.voc_ap import voc_scores
+from ..modeling.detector import FewShotDetector
 from ..structures import SupportFeatures
 from .benchmark import evaluate_benchmark
 from .episode_pictures import PairExplainer
@@ -120,7 +121,10 @@ def evaluate_plan(
     results = inference_on_dataset(model, loader, evaluator)
     if not comm.is_main_process():
         return {}
-    explain = PairExplainer(_unwrapped(model), plan, factory, build_mapper(cfg, is_train=False))
+    explain, detector = None, getattr(model, "module", model)
+    # Of a row the first run is shown.
+    if plan.run == 0 and isinstance(detector, FewShotDetector):
+        explain = PairExplainer(detector, plan, factory, build_mapper(cfg, is_train=False))
     runs = {"": EvaluatedRun(plan, results, evaluator.detections, explain)}
     for name in cfg.FEWSHOT.TEST.BASELINES:
         detections = _baseline(name, evaluator, plan)
@@ -151,18 +155,14 @@ def _fixed_features(
         return None
     plan.check(factory.query_index, factory.support_index, plan.dataset)
     mapper, parts = build_mapper(cfg, is_train=False), []
-    detector = _unwrapped(model)
+    # Several processes wrap it.
+    detector = getattr(model, "module", model)
     with inference_context(detector):
         for class_id, ids in plan.fixed_supports.items():
             places = [factory.support_index.locate(annotation) for annotation in ids]
             episode = factory.build(0, (class_id,), [places], key=(plan.seed, 0), episode_id=0)
             parts.append(detector.encode_support([mapper.support_set(episode)]))
     return SupportFeatures.cat(parts)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The detector, which several processes wrap."""
-    return getattr(model, "module", model)
 
 
 def _baseline(name: str, evaluator: EpisodicCOCOEvaluator, plan: EvaluationPlan) -> list[dict]:

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from torch import Tensor, nn
@@ -78,16 +79,22 @@ class ObjectClassification(nn.Module):
         """Losses of the queries' objects: {"loss_class_<level>": Tensor[]}."""
         queries = self.detector.preprocess(batched_inputs)
         maps = self.detector.backbone(queries.tensor)
-        boxes = [x["instances"].gt_boxes.tensor.to(self.detector.device) for x in batched_inputs]
-        labels = torch.cat([x["instances"].gt_classes for x in batched_inputs]).to(queries.device)
+        objects = [_whole(x["instances"]).to(self.detector.device) for x in batched_inputs]
+        boxes = [of_image.gt_boxes.tensor for of_image in objects]
+        labels = torch.cat([of_image.gt_classes for of_image in objects])
         losses = {}
         for level, classifier in self.classifiers.items():
             stride = queries.tensor.shape[-1] / maps[level].shape[-1]
-            objects = F.normalize(middle_features(maps[level], boxes, stride), dim=1)
-            logits = objects @ F.normalize(classifier, dim=1).T / self.temperature
+            features = F.normalize(middle_features(maps[level], boxes, stride), dim=1)
+            logits = features @ F.normalize(classifier, dim=1).T / self.temperature
             total = F.cross_entropy(logits, labels, reduction="sum")
             losses[f"loss_class_{level}"] = total / max(len(labels), 1)
         return losses
+
+
+def _whole(objects: Instances) -> Instances:
+    """Without those that are marked as difficult: patches cut them, so that their middle may not be there."""
+    return objects[~objects.gt_difficult] if objects.has("gt_difficult") else objects
 
 
 def pretrain_detector(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEpisodes) -> None:
@@ -137,6 +144,10 @@ def _objects(
 ) -> tuple[nn.Module, Iterable]:
     node = cfg.FEWSHOT.PRETRAIN
     images = TrainingImages(episodes.factory, episodes.mapper, per_class=0, seed=episodes.seed)
+    if len(images.class_ids) < 2:
+        raise ValueError(
+            f"FEWSHOT.PRETRAIN must have at least 2 base classes, got {len(images.class_ids)}"
+        )
     loader = open_batches(
         images, start=0, batch_size=node.IMS_PER_BATCH, num_workers=cfg.DATALOADER.NUM_WORKERS
     )

@@ -22,7 +22,7 @@ from . import report_html as html
 from .assignment import Assignment, assign_pairs, best_threshold, precision_by_class
 from .coco_scoring import Detection, GroundTruth, Pair
 from .metrics import ap50_by_instances, confusion_matrix
-from .report_gallery import GROUPS, choose_pairs, draw_pairs, explain_pair
+from .report_gallery import GROUPS, GalleryPicture, choose_pairs, draw_pairs, explain_pair
 
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 _MAX_CONFUSION_CLASSES = 40
@@ -97,11 +97,22 @@ def gallery(analysis: RowAnalysis, support_truth: GroundTruth, number: int) -> s
             threshold=threshold,
         )  # fmt: skip
         if pictures:
-            if run.explain is not None:
-                pictures += explain_pair(run.explain, groups[name][0], analysis.truth)
-            figures = [html.picture(p.jpeg, p.caption, kind="jpeg") for p in pictures]
-            parts.append(f"<h3>{name.capitalize()}</h3>" + html.grid(figures))
+            parts.append(f"<h3>{name.capitalize()}</h3>" + html.grid(_figures(pictures)))
+    if run.explain is not None:
+        firsts = [groups[name][0] for name in GROUPS if groups[name]]
+        explained = [p for pair in firsts for p in explain_pair(run.explain, pair, analysis.truth)]
+        if explained:
+            note = (
+                "The first of each group, searched for this class alone: its best boxes (dashed in heat maps), "
+                "whatever their score."
+            )
+            parts += ["<h3>How they were searched</h3>", html.paragraph(note, "note")]
+            parts.append(html.grid(_figures(explained)))
     return html.section(f"Pictures: {analysis.row.name}", *parts)
+
+
+def _figures(pictures: Sequence[GalleryPicture]) -> list[str]:
+    return [html.picture(p.jpeg, p.caption, kind="jpeg") for p in pictures]
 
 
 def precision_recall(analyses: Sequence[RowAnalysis]) -> str:

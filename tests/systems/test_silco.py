@@ -293,9 +293,14 @@ def test_contradicting_keys_are_refused(key, value, message):
         built(key, value)
 
 
-def test_one_trunk_alone_cannot_be_pre_trained():
+def test_pre_training_is_on_objects_in_the_maps_that_are_used():
+    model = built("MODEL.SILCO.SOURCES", (0, 2))
+    assert model.object_levels == ["scale0", "scale2"]
     with pytest.raises(ValueError, match=r"PRETRAIN.TASK must be 'objects'"):
         built("FEWSHOT.PRETRAIN.MAX_ITER", 1, "FEWSHOT.PRETRAIN.TASK", "pairs")
+
+
+def test_one_trunk_alone_cannot_be_pre_trained():
     with pytest.raises(ValueError, match=r"PRETRAIN.MAX_ITER must be 0"):
         built("MODEL.SILCO.SEPARATE_TRUNKS", True, "FEWSHOT.PRETRAIN.MAX_ITER", 1)
 

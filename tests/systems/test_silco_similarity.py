@@ -124,13 +124,42 @@ def test_is_the_identity_at_first(rng, is_global):
 
 
 def test_weights_that_are_as_good_as_zero_are_no_division_by_it(rng):
+    """Neither forwards nor backwards."""
+
     class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.full((2, 3), -200.0))
+
         def forward(self, nodes, is_shot):
-            return torch.zeros(is_shot.shape)
+            return self.logits.sigmoid()
 
     query, maps = maps_of(rng)
     module = fusion(reweighting=Nothing(), normalize_weights=True)
-    assert enhanced(module, query, maps).eq(0).all()
+    result = enhanced(module, query, maps)
+    (result * torch.randn(result.shape, generator=rng) * 100).sum().backward()
+    assert result.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+    assert module.reweighting.logits.grad is not None
+
+
+def test_tied_projections_look_at_what_looks_alike(rng):
+    """Of supports of one direction each, a cell attends most to its own; as a rule of no training at all."""
+    torch.manual_seed(1)
+    module = SimilarityFusion(
+        64,
+        dropout=0.0,
+        is_global=False,
+        reweighting=None,
+        normalize_weights=False,
+        are_projections_tied=True,
+    )
+    assert module.theta.weight.equal(module.phi.weight) and module.theta.bias.equal(module.phi.bias)
+    assert module.theta.weight is not module.phi.weight
+    cells = 20 * nn.functional.normalize(torch.randn(1, 64, 3, 3, generator=rng), dim=1)
+    keys = module.encode(cells[:, None], torch.ones(1, 1, dtype=torch.bool))["keys"]
+    attention = module.attention(module.describe(cells)["theta"], keys)[0, 0]
+    assert attention.argmax(dim=1).tolist() == list(range(9))
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ class SimilarityFusion(nn.Module):
         is_global: bool,
         reweighting: FeatureReweighting | None,
         normalize_weights: bool,
+        are_projections_tied: bool = False,
     ):
         """Build the four convolutions; the last one is zero, so that at first the query is left as it is.
 
@@ -52,10 +53,13 @@ class SimilarityFusion(nn.Module):
             channels: C. dropout: of the output. is_global: one softmax over all supports (eq. 6).
             reweighting: gives the weights; None = supports count alike.
             normalize_weights: whether weights are divided by their sum.
+            are_projections_tied: whether theta and phi start alike, so that a cell first attends to what looks like it.
         """
         super().__init__()
         half = channels // 2
         self.theta, self.phi, self.g = (nn.Conv2d(channels, half, 1) for _ in range(3))
+        if are_projections_tied:
+            self.phi.load_state_dict(self.theta.state_dict())
         self.out = nn.Linear(half, channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -76,9 +80,9 @@ class SimilarityFusion(nn.Module):
         if self.reweighting is not None:
             weights = self.reweighting(maps.mean(dim=(3, 4)), is_shot)
         if self.normalize_weights:
-            # Sigmoids may all be as good as zero.
-            total = weights.sum(dim=1, keepdim=True)
-            weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+            # Sigmoids may all be as good as zero, and gradients of a division by still less would overflow.
+            weights = weights.float()
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
         keys, values = (
             _tokens(conv(maps.flatten(0, 1))).unflatten(0, is_shot.shape)
             for conv in (self.phi, self.g)
