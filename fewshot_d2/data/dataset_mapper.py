@@ -20,8 +20,8 @@ from .episodes import Episode
 
 EPISODIC_MAPPER_REGISTRY = Registry("EPISODIC_MAPPER")
 EPISODIC_MAPPER_REGISTRY.__doc__ = """
-Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``. Pre-training also
-calls ``boxed(record, annotation)`` and ``support_crop``.
+Mappers named by FEWSHOT.MAPPER; called as ``mapper(cfg, is_train)`` and then with an ``Episode``. Pre-training on
+pairs also calls ``boxed(record, annotation)`` and ``support_crop``.
 """
 
 _SUPPORT_FORMS = ("crop", "image", "whole")

@@ -38,8 +38,8 @@ class TupleSampler:
             class_ids: the classes to draw from. shots: support images of a tuple.
 
         Raises:
-            ValueError: no class has ``shots`` supports and a query, or a data set lists a file twice, which could make
-                it query and support of one tuple.
+            ValueError: no class has ``shots`` supports and a query, or a data set lists a file twice (whatever its
+                classes), which could make it query and support of one tuple.
         """
         if shots < 1:
             raise ValueError(f"tuples must have at least 1 support image, got {shots}")
