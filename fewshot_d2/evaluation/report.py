@@ -58,8 +58,7 @@ def write_report(
         rows: what is compared, the most important first; their data sets must be registered.
         facts: how it was measured.
         title: headline.
-        gallery_size: pictures in each of best, median and worst, for each row that is no baseline; 0 = none, and nothing
-            is explained.
+        gallery_size: pictures in each of best, median and worst, for each row that is no baseline; 0 = none.
     """
     facts = facts or ReportFacts()
     read = cache(GroundTruth.of_dataset)

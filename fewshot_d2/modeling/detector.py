@@ -168,7 +168,7 @@ class FewShotDetector(nn.Module):
         return True
 
     def contrast_features(self, support_sets: Sequence[SupportSet]) -> dict[str, Tensor]:
-        """What pre-training on pairs compares, {name: Tensor[K, ...]}: those of ``encode_support``, unless overridden."""
+        """What pre-training on pairs compares, {name: Tensor[K, ...]}: as ``encode_support`` if not overridden."""
         return self.encode_support(support_sets).tensors
 
     def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
