@@ -348,3 +348,51 @@ def test_gradients_reach_everything(rng):
         if not name.endswith(("phi.bias", "last.bias")):
             assert parameter.grad.any(), name
         assert torch.isfinite(parameter.grad).all()
+
+
+def cells_of(rng, prototypes, ids):
+    """One cell of each of the classes ``ids`` (int64[B, n]) and as many of background, in any order, as a map."""
+    shown = torch.cat([prototypes[ids], torch.full((*ids.shape, prototypes.shape[1]), 0.1)], dim=1)
+    noisy = nn.functional.normalize(shown + 0.04 * torch.randn(shown.shape, generator=rng), dim=2)
+    order = torch.rand(shown.shape[:2], generator=rng).argsort(dim=1)
+    places = order.argsort(dim=1)[:, : ids.shape[1]]
+    noisy = 10 * noisy.gather(1, order[:, :, None].expand_as(noisy)).relu()
+    return noisy.transpose(1, 2).unflatten(2, (2, -1)), places
+
+
+def test_tied_projections_learn_to_compare_in_a_few_steps(rng):
+    """Three supports have one class in common with the query, three others each have not; new classes are told too."""
+    channels, step_classes = 32, (range(60), range(60, 90))
+    prototypes = nn.functional.normalize(torch.randn(90, channels, generator=rng).relu(), dim=1)
+    module = SimilarityFusion(
+        channels,
+        dropout=0.0,
+        is_global=False,
+        reweighting=None,
+        normalize_weights=False,
+        are_projections_tied=True,
+    )
+    head = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+    is_shot = torch.ones(16, 3, dtype=torch.bool)
+
+    def scores(classes):
+        """Of the common class (Tensor[16, 1]) and of the others in the query (Tensor[16, 3])."""
+        ids = torch.stack([torch.randperm(len(classes), generator=rng)[:13] for _ in range(16)])
+        ids = ids + classes[0]
+        query, places = cells_of(rng, prototypes, ids[:, :4])
+        others = ids[:, 4:].unflatten(1, (3, 3))
+        shown = torch.cat([ids[:, None, :1].expand(-1, 3, -1), others], dim=2)
+        maps = cells_of(rng, prototypes, shown.flatten(0, 1))[0].unflatten(0, (16, 3))
+        fused = module(module.describe(query), module.encode(maps, is_shot), is_shot)
+        return head(fused).flatten(1).gather(1, places).split([1, 3], dim=1)
+
+    optimizer = torch.optim.AdamW([*module.parameters(), *head.parameters()], lr=0.003)
+    for _ in range(250):
+        common, other = scores(step_classes[0])
+        loss = nn.functional.softplus(other - common).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        right = [(common > other).float().mean() for common, other in map(scores, step_classes * 5)]
+    assert min(torch.stack(right).view(5, 2).mean(dim=0)) > 0.85
