@@ -4,8 +4,10 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -166,3 +168,15 @@ def write_set(folder: Path, num_images: int = 12, seed: int = 0) -> None:
     categories = [{"id": c, "name": name} for c, name in CATEGORIES.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(content))
+
+
+def set_fixture(name: str, **options: Any) -> Any:
+    """A fixture: a folder with a set of ``write_set``, which has a name for as long as a test lasts."""
+
+    @pytest.fixture
+    def folder(tmp_path: Path) -> Iterator[Path]:
+        write_set(tmp_path, **options)
+        with registered_set(name, tmp_path):
+            yield tmp_path
+
+    return folder

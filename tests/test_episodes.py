@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
-from factories import CATEGORIES, registered_set, tiny_config, write_set
+from factories import CATEGORIES, registered_set, set_fixture, tiny_config, write_set
 from PIL import Image
 
 from fewshot_d2.data import dataset_mapper
@@ -25,11 +25,7 @@ from fewshot_d2.data.plans import make_plan
 NAME = "episodes_test_set"
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    write_set(tmp_path)
-    with registered_set(NAME, tmp_path):
-        yield tmp_path
+dataset = set_fixture(NAME)
 
 
 def config(*overrides):

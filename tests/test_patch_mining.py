@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
-from factories import registered_set, tiny_config, write_set
+from factories import set_fixture, tiny_config
 from PIL import Image
 from torch import nn
 
@@ -67,11 +67,7 @@ class FakeMiner(nn.Module):
         }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_set(tmp_path)
-    with registered_set(NAME, tmp_path):
-        yield tmp_path
+folder = set_fixture(NAME)
 
 
 def config(folder, *overrides, out="out"):

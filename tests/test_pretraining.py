@@ -13,7 +13,14 @@ from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, Instances
-from factories import random_support_set, registered_set, tiny_config, tiny_model, write_set
+from factories import (
+    random_support_set,
+    registered_set,
+    set_fixture,
+    tiny_config,
+    tiny_model,
+    write_set,
+)
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -59,11 +66,7 @@ def test_contrast_is_blind_to_offset_and_scale_and_knows_perfection(rng):
     assert support_contrast(first, first, 0.001) < 1e-3 < loss
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_set(tmp_path)
-    with registered_set(NAME, tmp_path):
-        yield tmp_path
+folder = set_fixture(NAME)
 
 
 def config(*more):

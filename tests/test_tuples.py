@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from detectron2.structures import BoxMode
-from factories import CATEGORIES, registered_set, tiny_config, write_set
+from factories import CATEGORIES, registered_set, set_fixture, tiny_config
 from PIL import Image
 
 from fewshot_d2.data.ground_truth import KEEP_ALL, GroundTruthFilter
@@ -20,11 +20,7 @@ from fewshot_d2.data.tuples import TupleSampler, _drawn, largest_instance
 NAME = "tuples_test_set"
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    write_set(tmp_path, num_images=16)
-    with registered_set(NAME, tmp_path):
-        yield tmp_path
+dataset = set_fixture(NAME, num_images=16)
 
 
 def config(*overrides):

@@ -8,7 +8,6 @@ more shots have the query and the first supports of those with fewer.
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,8 +42,13 @@ class TupleSampler:
         """
         if shots < 1:
             raise ValueError(f"tuples must have at least 1 support image, got {shots}")
-        for index in {id(i): i for i in (query_index, support_index)}.values():
-            _refuse_repeated_files(index)
+        queries = _numbers_by_file(query_index)
+        one_set = query_index.dicts is support_index.dicts
+        supports = queries if one_set else _numbers_by_file(support_index)
+        # Image index of a query -> that of the same file among the supports.
+        self._index_in_supports = {
+            i: supports[file] for file, i in queries.items() if file in supports
+        }
         self.query_index, self.support_index, self.shots = query_index, support_index, shots
         wanted = sorted(set(class_ids))
         self.class_ids = tuple(c for c in wanted if self._is_usable(c))
@@ -60,11 +64,6 @@ class TupleSampler:
                 f"{len(wanted)} classes"
             )
 
-    @property
-    def is_one_set(self) -> bool:
-        """Whether queries and supports are of the same images."""
-        return self.query_index.dicts is self.support_index.dicts
-
     def draw_class(self, rng: np.random.Generator) -> int:
         """Uniform over the classes that are left."""
         return self.class_ids[int(rng.integers(len(self.class_ids)))]
@@ -73,18 +72,11 @@ class TupleSampler:
         """The image index of the query and (image index, position) of each support, all of different images."""
         query = _drawn(rng, self.query_index.images_with(class_id), 1)[0]
         images = self.support_index.images_with(class_id)
-        own = query if self.is_one_set else self._index_in_supports.get(query)
+        own = self._index_in_supports.get(query)
         # One more than needed: the query may be among them.
         number = min(self.shots + 1, len(images))
         chosen = [i for i in _drawn(rng, images, number) if i != own][: self.shots]
         return query, [(i, largest_instance(self.support_index, i, class_id)) for i in chosen]
-
-    @cached_property
-    def _index_in_supports(self) -> dict[int, int]:
-        """Image index of a query -> that of the same file among the supports."""
-        files = {_file(record): i for i, record in enumerate(self.support_index.dicts)}
-        places = (files.get(_file(record)) for record in self.query_index.dicts)
-        return {query: place for query, place in enumerate(places) if place is not None}
 
     def _is_usable(self, class_id: int) -> bool:
         queries = self.query_index.images_with(class_id)
@@ -94,24 +86,24 @@ class TupleSampler:
         if len(supports) > self.shots:
             return True
         shared = set(supports)
-        return not self.is_one_set and not any(
-            self._index_in_supports.get(query) in shared for query in queries
-        )
+        return not any(self._index_in_supports.get(query) in shared for query in queries)
 
 
-def _file(record: dict) -> str:
-    return os.path.realpath(record["file_name"])
+def _numbers_by_file(index: InstanceIndex) -> dict[str, int]:
+    """Image index of each file.
 
-
-def _refuse_repeated_files(index: InstanceIndex) -> None:
+    Raises:
+        ValueError: a file is listed twice.
+    """
     numbers: dict[str, int] = {}
     for number, record in enumerate(index.dicts):
-        first = numbers.setdefault(_file(record), number)
+        first = numbers.setdefault(os.path.realpath(record["file_name"]), number)
         if first != number:
             raise ValueError(
                 f"a data set of tuples must list every file once, got {record['file_name']} as images "
                 f"{index.dicts[first]['image_id']} and {record['image_id']}"
             )
+    return numbers
 
 
 def _drawn(rng: np.random.Generator, items: Sequence[int], number: int) -> list[int]:

@@ -29,6 +29,7 @@ from .episode_pictures import explanation_panels
 from .episode_runner import EpisodeRunner, Found
 from .finetune import FineTuning
 from .plans import checked_plan, save_plans, support_datasets, write_results
+from .solver import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the system cannot be fine-tuned and FEWSHOT.BENCHMARK.FINE_TUNE wants it, or a plan does not fit.
     """
-    # Several processes wrap it; what is trained on an episode is the detector itself.
-    model = getattr(model, "module", model)
+    # What is trained on an episode is the detector itself.
+    model = unwrapped(model)
     node, output = cfg.FEWSHOT.BENCHMARK, Path(cfg.OUTPUT_DIR)
     if any(node.FINE_TUNE) and not hasattr(model, "episode_tuner"):
         raise ValueError(

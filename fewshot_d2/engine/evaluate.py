@@ -37,6 +37,7 @@ from ..structures import SupportFeatures
 from .benchmark import evaluate_benchmark
 from .episode_pictures import PairExplainer
 from .plans import checked_plan, save_plans, support_datasets, write_results
+from .solver import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def evaluate_plan(
     results = inference_on_dataset(model, loader, evaluator)
     if not comm.is_main_process():
         return {}
-    explain, detector = None, getattr(model, "module", model)
+    explain, detector = None, unwrapped(model)
     # Of a row the first run is shown.
     if plan.run == 0 and isinstance(detector, FewShotDetector):
         explain = PairExplainer(detector, plan, factory, build_mapper(cfg, is_train=False))
@@ -155,8 +156,7 @@ def _fixed_features(
         return None
     plan.check(factory.query_index, factory.support_index, plan.dataset)
     mapper, parts = build_mapper(cfg, is_train=False), []
-    # Several processes wrap it.
-    detector = getattr(model, "module", model)
+    detector = unwrapped(model)
     with inference_context(detector):
         for class_id, ids in plan.fixed_supports.items():
             places = [factory.support_index.locate(annotation) for annotation in ids]

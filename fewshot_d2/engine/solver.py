@@ -77,6 +77,11 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, **options)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``distributed`` may have wrapped."""
+    return getattr(model, "module", model)
+
+
 def average_buffers(model: nn.Module) -> None:
     """Give all processes the mean of their running statistics, which they gather from other batches."""
     if comm.get_world_size() == 1:

@@ -1,8 +1,7 @@
 """OS2D and the search for hard patches together: a small training in which the one feeds the other."""
 
-import pytest
 import torch
-from factories import ROOT, registered_set, write_set
+from factories import ROOT, set_fixture
 from test_os2d import TINY
 from torch import nn
 
@@ -13,11 +12,7 @@ from fewshot_d2.engine import EpisodicTrainer
 NAME = "os2d_mining_set"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_set(tmp_path)
-    with registered_set(NAME, tmp_path):
-        yield tmp_path
+folder = set_fixture(NAME)
 
 
 def config(folder):
