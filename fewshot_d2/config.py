@@ -229,7 +229,7 @@ def _add_pretraining(node: CN) -> None:
     # Steps with base classes before the first episode, without MODEL.WEIGHTS; 0 = none (paper: a backbone trained on
     # ImageNet without COCO's classes). AdamW with a cosine.
     node.PRETRAIN.MAX_ITER = 0
-    # "pairs": contrast between crops. "objects": classification of all objects of whole images, on every map.
+    # "pairs": contrast between crops. "objects": classification of objects' cells and background's, on every map.
     node.PRETRAIN.TASK = "pairs"
     # Classes that a process compares in a step, two crops of each.
     node.PRETRAIN.NUM_CLASSES = 64

@@ -10,7 +10,6 @@ from fewshot_d2.modeling.matching import (
     average_pool,
     matched_features,
     mean_over_shots,
-    middle_features,
 )
 from fewshot_d2.systems.siamese_mask_rcnn import PyramidMatching
 
@@ -124,21 +123,3 @@ def test_mean_over_shots_ignores_their_order(rng):
 
 def test_mean_over_shots_of_no_class():
     assert mean_over_shots(torch.zeros(0, 3), []).shape == (0, 3)
-
-
-@pytest.mark.parametrize("stride", [4, 300 / 38])
-def test_middle_of_a_box_on_a_ramp_is_its_centre(stride):
-    """Interpolation is exact where channels are the middles of cells in pixels, x and y."""
-    cells = (torch.arange(12) + 0.5) * stride
-    ramps = torch.stack(torch.meshgrid(cells, cells, indexing="xy")).expand(3, -1, -1, -1)
-    boxes = [torch.tensor([[6.0, 20.0, 18.0, 28.0], [9.0, 15.0, 25.0, 35.0]]), torch.empty(0, 4)]
-    boxes += [torch.tensor([[4.0, 6.0, 44.0, 38.0]])]
-    wanted = torch.tensor([[12.0, 24.0], [17.0, 25.0], [24.0, 22.0]])
-    assert_close(middle_features(ramps, boxes, stride), wanted)
-
-
-def test_middle_of_a_box_is_not_its_border():
-    features = torch.zeros(1, 1, 16, 16)
-    features[0, 0, 5:11, 5:11] = 1.0
-    for box, wanted in (([0.0, 0.0, 16.0, 16.0], 1.0), ([9.0, 9.0, 16.0, 16.0], 0.0)):
-        assert middle_features(features, [torch.tensor([box])], 1.0).item() == wanted

@@ -1,5 +1,6 @@
 """Pre-training on pairs or objects: losses, data, and what it leaves in a detector."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -31,7 +32,7 @@ from fewshot_d2.data.loaders import build_training_episodes
 from fewshot_d2.data.support_pairs import SupportPairs
 from fewshot_d2.engine import pretrain, trainer
 from fewshot_d2.engine.pretrain import ObjectClassification, pretrain_detector
-from fewshot_d2.modeling.losses import support_contrast
+from fewshot_d2.modeling.losses import IGNORED, cell_targets, support_contrast
 from fewshot_d2.transforms import SupportCrop
 
 NAME = "pretraining_test_set"
@@ -232,9 +233,53 @@ class Ramps(Backbone):
         return maps
 
 
+def naive_targets(boxes, classes, size, stride, background):
+    """Cell by cell: what ``cell_targets`` says in words."""
+    columns, rows = ([(i + 0.5) * stride for i in range(n)] for n in (size[1], size[0]))
+    targets = [[background] * size[1] for _ in range(size[0])]
+    middles = {}
+    by_area = sorted(
+        zip(boxes, classes, strict=True), key=lambda o: -(o[0][2] - o[0][0]) * (o[0][3] - o[0][1])
+    )
+    for (x1, y1, x2, y2), label in by_area:
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        reach_x = max((x2 - x1) / 4, min(abs(c - x) for c in columns))
+        reach_y = max((y2 - y1) / 4, min(abs(r - y) for r in rows))
+        for i, r in enumerate(rows):
+            for j, c in enumerate(columns):
+                if x1 <= c <= x2 and y1 <= r <= y2:
+                    targets[i][j] = IGNORED
+                if abs(c - x) <= reach_x and abs(r - y) <= reach_y:
+                    middles[i, j] = label
+    for (i, j), label in middles.items():
+        targets[i][j] = label
+    return targets
+
+
+@pytest.mark.parametrize("stride", [4, 300 / 38])
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_targets_of_cells_equal_loops(rng, stride, number):
+    size = (9, 12)
+    corners = torch.rand(number, 2, generator=rng, dtype=torch.float64) * 30
+    sides = 1 + torch.rand(number, 2, generator=rng, dtype=torch.float64) * 40
+    boxes = torch.cat([corners, corners + sides], dim=1)
+    classes = torch.randint(0, 5, (number,), generator=rng)
+    classes[1::3] = IGNORED
+    targets = cell_targets(boxes, classes, size, stride, background=5)
+    assert targets.tolist() == naive_targets(boxes.tolist(), classes.tolist(), size, stride, 5)
+    assert number == 0 or set(classes.tolist()) & set(targets.flatten().tolist())
+
+
+def test_every_object_has_a_cell_though_none_lies_in_it():
+    """The nearest one, also of an object behind the border; the smaller object wins a cell of both."""
+    boxes = torch.tensor([[5.0, 5.0, 6.0, 6.0], [40.0, 9.0, 44.0, 11.0], [0.0, 0.0, 16.0, 16.0]])
+    targets = cell_targets(boxes, torch.tensor([1, 2, 0]), (4, 4), 8, background=3)
+    assert targets.tolist() == [[1, 0, 3, 3], [0, 0, 3, 2], [3, 3, 3, 3], [3, 3, 3, 3]]
+
+
 @torch.no_grad()
-def test_objects_are_classified_by_cosines_as_in_loops(rng):
-    """What is classified is known: centres of boxes, in images of two shapes; one object is difficult."""
+def test_cells_are_classified_by_cosines_as_in_loops(rng):
+    """What is classified is known: centres of cells, in images of two shapes; one object is difficult."""
     model = tiny_model()
     model.backbone = Ramps()
     learner = ObjectClassification(model, num_classes=3, temperature=TEMPERATURE)
@@ -248,22 +293,34 @@ def test_objects_are_classified_by_cosines_as_in_loops(rng):
         for i in (first, second)
     ]
     losses = learner(batch)
-    assert list(losses) == ["loss_class_s4", "loss_class_s8"]
-    rows = [((12.0, 10.0), 2), ((30.0, 20.0), 0), ((16.0, 32.0), 1)]
+    labels = [[2, 0], [1, IGNORED]]
     for level, classifier in learner.classifiers.items():
-        total = 0.0
-        for row, label in rows:
-            cosines = [
-                sum(a * b for a, b in zip(row, other, strict=True))
-                / math.hypot(*row)
-                / math.hypot(*other)
-                for other in classifier.tolist()
-            ]
-            total -= cosines[label] / TEMPERATURE
-            total += math.log(sum(math.exp(c / TEMPERATURE) for c in cosines))
-        assert losses[f"loss_class_{level}"].item() == pytest.approx(total / 3, rel=1e-4)
-    nothing = [{**x, "instances": x["instances"][:0]} for x in batch]
-    assert all(loss == 0 for loss in learner(nothing).values())
+        stride, rows = int(level[1:]), classifier.tolist()
+        objects, background = [], []
+        for instances, of_image in zip((first, second), labels, strict=True):
+            boxes, size = instances.gt_boxes.tensor.tolist(), (64 // stride, 64 // stride)
+            targets = naive_targets(boxes, of_image, size, stride, background=3)
+            for i, j in itertools.product(range(size[0]), range(size[1])):
+                if targets[i][j] != IGNORED:
+                    cell = (j + 0.5) * stride, (i + 0.5) * stride
+                    loss = naive_cosine_loss(cell, rows, targets[i][j])
+                    (background if targets[i][j] == 3 else objects).append(loss)
+        wanted = np.mean(objects), 0.3 * np.mean(background)
+        got = losses[f"loss_object_{level}"].item(), losses[f"loss_background_{level}"].item()
+        assert got == pytest.approx(wanted, rel=1e-4)
+    assert len(losses) == 4
+    nothing = learner([{**x, "instances": x["instances"][:0]} for x in batch])
+    assert all((loss == 0) == ("object" in name) for name, loss in nothing.items())
+
+
+def naive_cosine_loss(vector, others, label):
+    cosines = [
+        sum(a * b for a, b in zip(vector, other, strict=True))
+        / math.hypot(*vector)
+        / math.hypot(*other)
+        for other in others
+    ]
+    return math.log(sum(math.exp((c - cosines[label]) / TEMPERATURE) for c in cosines))
 
 
 def test_pretraining_on_objects_sees_base_classes_only(folder, monkeypatch):
@@ -272,7 +329,8 @@ def test_pretraining_on_objects_sees_base_classes_only(folder, monkeypatch):
     forward = ObjectClassification.forward
 
     def spy(self, batch):
-        assert all(len(weight) == 3 for weight in self.classifiers.values())
+        # And background.
+        assert all(len(weight) == 4 for weight in self.classifiers.values())
         seen.extend(batch)
         return forward(self, batch)
 

@@ -3,7 +3,7 @@
 The papers start from a backbone trained to tell objects apart, without the novel classes. Where there are no such
 weights, episodes alone leave a from-scratch detector at chance for long: it learns to find objects, but the few
 comparisons of a scene do not teach what makes two of them alike. Here one step compares many base classes: pairs of
-crops, which cost little; or, for detectors whose supports are whole pictures, all objects of scenes, because what is
+crops, which cost little; or, for detectors whose supports are whole pictures, all cells of scenes, because what is
 learned on crops, of one size and without neighbours, does not carry over.
 """
 
@@ -28,8 +28,7 @@ from ..data.images import TrainingImages
 from ..data.loaders import open_batches
 from ..data.support_pairs import SupportPairs
 from ..modeling.detector import FewShotDetector
-from ..modeling.losses import support_contrast
-from ..modeling.matching import middle_features
+from ..modeling.losses import IGNORED, cell_targets, support_contrast
 from ..structures import SupportSet
 from .hooks import SeedEachStep
 from .solver import average_buffers, build_optimizer, distributed
@@ -37,6 +36,8 @@ from .solver import average_buffers, build_optimizer, distributed
 logger = logging.getLogger(__name__)
 
 _PERIOD = 20
+# Of the loss of background's cells, which are easy and many.
+_BACKGROUND = 0.3
 
 
 class SupportContrast(nn.Module):
@@ -57,9 +58,10 @@ class SupportContrast(nn.Module):
 
 
 class ObjectClassification(nn.Module):
-    """Tells base classes apart by what each map has in the middle of an object.
+    """Tells base classes and background apart in every cell of each map.
 
-    The classifiers, by cosines and one a map, are thrown away: directions are what is compared later.
+    Cells are what is compared later: those between objects must look like no object, and those in the middle of one
+    alike, wherever it lies. The classifiers, by cosines and one a map, are thrown away.
     """
 
     def __init__(self, detector: FewShotDetector, num_classes: int, temperature: float):
@@ -67,34 +69,45 @@ class ObjectClassification(nn.Module):
         super().__init__()
         self.detector, self.temperature = detector, temperature
         shapes = detector.backbone.output_shape()
+        # The last row is background.
         self.classifiers = nn.ParameterDict(
             {
                 # Short vectors turn fast.
-                level: nn.Parameter(0.05 * torch.randn(num_classes, shapes[level].channels))
+                level: nn.Parameter(0.05 * torch.randn(num_classes + 1, shapes[level].channels))
                 for level in detector.object_levels
             }
         )
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Losses of the queries' objects: {"loss_class_<level>": Tensor[]}."""
+        """Losses of the queries' cells: {"loss_object_<level>": Tensor[], "loss_background_<level>": Tensor[]}."""
         queries = self.detector.preprocess(batched_inputs)
         maps = self.detector.backbone(queries.tensor)
-        objects = [_whole(x["instances"]).to(self.detector.device) for x in batched_inputs]
-        boxes = [of_image.gt_boxes.tensor for of_image in objects]
-        labels = torch.cat([of_image.gt_classes for of_image in objects])
+        objects = [_labelled(x["instances"].to(self.detector.device)) for x in batched_inputs]
         losses = {}
         for level, classifier in self.classifiers.items():
-            stride = queries.tensor.shape[-1] / maps[level].shape[-1]
-            features = F.normalize(middle_features(maps[level], boxes, stride), dim=1)
+            size, background = maps[level].shape[2:], len(classifier) - 1
+            stride = queries.tensor.shape[-1] / size[1]
+            targets = torch.stack([cell_targets(*o, size, stride, background) for o in objects])
+            kept = targets != IGNORED
+            features = F.normalize(maps[level].movedim(1, 3)[kept], dim=1)
             logits = features @ F.normalize(classifier, dim=1).T / self.temperature
-            total = F.cross_entropy(logits, labels, reduction="sum")
-            losses[f"loss_class_{level}"] = total / max(len(labels), 1)
+            of_cells = F.cross_entropy(logits, targets[kept], reduction="none")
+            is_background = targets[kept] == background
+            losses[f"loss_object_{level}"] = _mean(of_cells[~is_background])
+            losses[f"loss_background_{level}"] = _BACKGROUND * _mean(of_cells[is_background])
         return losses
 
 
-def _whole(objects: Instances) -> Instances:
-    """Without those that are marked as difficult: patches cut them, so that their middle may not be there."""
-    return objects[~objects.gt_difficult] if objects.has("gt_difficult") else objects
+def _labelled(objects: Instances) -> tuple[Tensor, Tensor]:
+    """Boxes and classes, ``IGNORED`` where difficult: patches cut these, so that their middle may not be there."""
+    classes = objects.gt_classes
+    if objects.has("gt_difficult"):
+        classes = classes.masked_fill(objects.gt_difficult, IGNORED)
+    return objects.gt_boxes.tensor, classes
+
+
+def _mean(losses: Tensor) -> Tensor:
+    return losses.sum() / max(len(losses), 1)
 
 
 def pretrain_detector(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEpisodes) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import roi_align
 
 
 def average_pool(features: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -25,27 +24,6 @@ def average_pool(features: Tensor, valid: Tensor | None = None) -> Tensor:
         return features.mean(dim=(2, 3))
     weight = valid.to(features.dtype)[:, None]
     return (features * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp(min=1)
-
-
-def middle_features(features: Tensor, boxes: Sequence[Tensor], stride: float) -> Tensor:
-    """What a map has in the middle of boxes: the mean over the half of each side round its centre.
-
-    There is the cell whose anchor fits an object best.
-
-    Args:
-        features (Tensor[N, C, H, W]).
-        boxes (N times Tensor[n, 4]): XYXY in pixels of the network's image.
-        stride: pixels a cell.
-
-    Returns:
-        Tensor[sum of n, C].
-    """
-    middles = [
-        torch.cat([b[:, :2] * 0.75 + b[:, 2:] * 0.25, b[:, :2] * 0.25 + b[:, 2:] * 0.75], dim=1)
-        for b in boxes
-    ]
-    pooled = roi_align(features, middles, 1, 1 / stride, sampling_ratio=2, aligned=True)
-    return pooled.flatten(1)
 
 
 def mean_over_shots(vectors: Tensor, num_shots: Sequence[int]) -> Tensor:

@@ -121,13 +121,13 @@ def test_explanation_is_of_the_search(rng, similarity):
     features = model.encode_support([support])
     shown = model.explain(described, features)
     for name in ("query map", "enhanced map", "score"):
-        assert shown[name].shape == (16, 16)
+        assert shown[name].shape == (8, 8)
     found = model.search(described, features[[0]])
     assert shown["score"].max() <= found.scores.max() + 1e-6
     if similarity == "gap":
         assert "attention" not in shown
     else:
-        assert shown["attention"].shape == (16, 16, 2, 16, 16)
+        assert shown["attention"].shape == (8, 8, 2, 8, 8)
         of_cell = shown["attention"][3, 5].sum().item()
         assert of_cell == pytest.approx(2 if similarity == "image" else 1, rel=1e-4)
 
@@ -244,7 +244,7 @@ def built(*overrides):
 
 
 def test_separate_trunks_start_alike_and_learn_apart(rng):
-    model = built("MODEL.SILCO.SEPARATE_TRUNKS", True).train()
+    model = built("MODEL.SILCO.SEPARATE_TRUNKS", True, "MODEL.BACKBONE.FREEZE_AT", 0).train()
     theirs = dict(model.support_backbone.named_parameters())
     assert all(torch.equal(p, theirs[n]) for n, p in model.backbone.named_parameters())
     sum(awake(model)([random_query(rng, random_support_set(rng))]).values()).backward()

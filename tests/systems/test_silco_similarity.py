@@ -143,7 +143,7 @@ def test_weights_that_are_as_good_as_zero_are_no_division_by_it(rng):
     assert module.reweighting.logits.grad is not None
 
 
-def test_tied_projections_look_at_what_looks_alike(rng):
+def test_attention_by_cosines_looks_at_what_looks_alike(rng):
     """Of supports of one direction each, a cell attends most to its own; as a rule of no training at all."""
     torch.manual_seed(1)
     module = SimilarityFusion(
@@ -152,14 +152,24 @@ def test_tied_projections_look_at_what_looks_alike(rng):
         is_global=False,
         reweighting=None,
         normalize_weights=False,
-        are_projections_tied=True,
+        temperature=0.06,
     )
     assert module.theta.weight.equal(module.phi.weight) and module.theta.bias.equal(module.phi.bias)
     assert module.theta.weight is not module.phi.weight
-    cells = 20 * nn.functional.normalize(torch.randn(1, 64, 3, 3, generator=rng), dim=1)
+    cells = nn.functional.normalize(torch.randn(1, 64, 3, 3, generator=rng), dim=1)
     keys = module.encode(cells[:, None], torch.ones(1, 1, dtype=torch.bool))["keys"]
     attention = module.attention(module.describe(cells)["theta"], keys)[0, 0]
     assert attention.argmax(dim=1).tolist() == list(range(9))
+    projected = module.theta(cells)[0].flatten(1).T.tolist()
+    for row, one in zip(attention.tolist(), projected, strict=True):
+        cosines = [
+            sum(a * b for a, b in zip(one, other, strict=True))
+            / math.hypot(*one)
+            / math.hypot(*other)
+            for other in projected
+        ]
+        alike = [math.exp(cosine / 0.06) for cosine in cosines]
+        assert row == pytest.approx([x / sum(alike) for x in alike], rel=1e-3)
 
 
 @torch.no_grad()
@@ -356,11 +366,11 @@ def cells_of(rng, prototypes, ids):
     noisy = nn.functional.normalize(shown + 0.04 * torch.randn(shown.shape, generator=rng), dim=2)
     order = torch.rand(shown.shape[:2], generator=rng).argsort(dim=1)
     places = order.argsort(dim=1)[:, : ids.shape[1]]
-    noisy = 10 * noisy.gather(1, order[:, :, None].expand_as(noisy)).relu()
+    noisy = noisy.gather(1, order[:, :, None].expand_as(noisy)).relu()
     return noisy.transpose(1, 2).unflatten(2, (2, -1)), places
 
 
-def test_tied_projections_learn_to_compare_in_a_few_steps(rng):
+def test_attention_by_cosines_learns_to_compare_in_a_few_steps(rng):
     """Three supports have one class in common with the query, three others each have not; new classes are told too."""
     torch.manual_seed(0)
     channels, base, new = 64, range(60), range(60, 90)
@@ -371,7 +381,7 @@ def test_tied_projections_learn_to_compare_in_a_few_steps(rng):
         is_global=False,
         reweighting=None,
         normalize_weights=False,
-        are_projections_tied=True,
+        temperature=0.06,
     )
     head = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
     is_shot = torch.ones(16, 3, dtype=torch.bool)

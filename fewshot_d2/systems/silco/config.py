@@ -13,9 +13,10 @@ def add_config(cfg: CfgNode) -> None:
     node.REWEIGHTING = True
     # Divide by the sum of the weights (A5): maps are then as large with any number of shots. The original sums.
     node.NORMALIZE_WEIGHTS = False
-    # Let theta and phi start alike (ours): a cell then first attends to what looks like it. Without it a comparison
-    # must be found by chance, which takes a training as long as the paper's.
-    node.TIED_PROJECTIONS = False
+    # 0: attention by scaled products (eq. 4). Else (ours) by cosines, divided by this, with theta and phi alike at
+    # first: a cell then looks at what looks like it from the start, however small the maps' values. Where products are
+    # flat, a comparison must be found by chance, which takes a training as long as the paper's.
+    node.TEMPERATURE = 0.0
     # Maps of the trunk that are enhanced and predicted on; without 5 there are the paper's five scales (A2).
     node.SOURCES = (0, 1, 2, 3, 4, 5)
     # Another trunk for supports (original code), or one for both (the author's later code).

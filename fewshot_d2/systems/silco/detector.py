@@ -282,7 +282,7 @@ def build_fusion(node: CfgNode, channels: int) -> nn.Module:
         is_global=node.SIMILARITY == "global",
         reweighting=reweighting,
         normalize_weights=node.NORMALIZE_WEIGHTS,
-        are_projections_tied=node.TIED_PROJECTIONS,
+        temperature=node.TEMPERATURE,
     )
 
 

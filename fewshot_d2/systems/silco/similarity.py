@@ -45,7 +45,7 @@ class SimilarityFusion(nn.Module):
         is_global: bool,
         reweighting: FeatureReweighting | None,
         normalize_weights: bool,
-        are_projections_tied: bool = False,
+        temperature: float = 0.0,
     ):
         """Build the four convolutions; the last one is zero, so that at first the query is left as it is.
 
@@ -53,19 +53,20 @@ class SimilarityFusion(nn.Module):
             channels: C. dropout: of the output. is_global: one softmax over all supports (eq. 6).
             reweighting: gives the weights; None = supports count alike.
             normalize_weights: whether weights are divided by their sum.
-            are_projections_tied: whether theta and phi start alike, so that a cell first attends to what looks like it.
+            temperature: 0 = attention by products (eq. 4); else by cosines, divided by this, of projections that start
+                alike, so that a cell first attends to what looks like it.
         """
         super().__init__()
         half = channels // 2
         self.theta, self.phi, self.g = (nn.Conv2d(channels, half, 1) for _ in range(3))
-        if are_projections_tied:
+        if temperature:
             self.phi.load_state_dict(self.theta.state_dict())
         self.out = nn.Linear(half, channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.dropout = nn.Dropout(dropout)
         self.is_global, self.reweighting = is_global, reweighting
-        self.normalize_weights = normalize_weights
+        self.normalize_weights, self.temperature = normalize_weights, temperature
 
     def encode(self, maps: Tensor, is_shot: Tensor) -> dict[str, Tensor]:
         """What does not depend on a query.
@@ -87,11 +88,17 @@ class SimilarityFusion(nn.Module):
             _tokens(conv(maps.flatten(0, 1))).unflatten(0, is_shot.shape)
             for conv in (self.phi, self.g)
         )
+        if self.temperature:
+            keys = F.normalize(keys, dim=-1)
         return {"keys": keys, "values": values, "weights": weights}
 
     def describe(self, features: Tensor) -> dict[str, Tensor]:
         """What is worth computing once a query: the map (Tensor[N, C, H, W]) and its "theta" (Tensor[N, H * W, D])."""
-        return {"map": features, "theta": _tokens(self.theta(features))}
+        theta = _tokens(self.theta(features))
+        if self.temperature:
+            # Attention will divide by the root.
+            theta = F.normalize(theta, dim=-1) * (theta.shape[-1] ** 0.5 / self.temperature)
+        return {"map": features, "theta": theta}
 
     def forward(
         self, query: dict[str, Tensor], support: dict[str, Tensor], is_shot: Tensor
