@@ -100,8 +100,8 @@ def cell_targets(
 ) -> Tensor:
     """What each cell of a map is to be classified as.
 
-    An object has the cells whose centres lie in its middle, half of each side, or nearest to it if there are none; cells
-    of several are the smallest one's. The rest of an object is ignored, and what is in none is background.
+    An object has the cells whose centres lie in its middle, half of each side, or nearest to it if there are none;
+    those of several objects are the smallest one's. The rest of an object is ignored, and the rest is background.
 
     Args:
         boxes (Tensor[n, 4]): XYXY in pixels of the network's image. classes (Tensor[n]): ``IGNORED`` = all of the
