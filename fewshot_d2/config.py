@@ -115,6 +115,8 @@ def _add_episodes(node: CN) -> None:
     node.REGISTER = []
     # Which classes are novel: "all" (none), "every_4th:i", "part:i/n", "novel:dog,cat,17" or "file:split.json".
     node.SPLIT = "all"
+    # Leave images with a novel object out of training; otherwise it is background there.
+    node.EXCLUDE_NOVEL_IMAGES = False
     # "episodes"; "tuples": NUM_SHOTS images and a query of one class (SILCO).
     # "base_images": the base classes as a closed set, without supports (RepMet), then
     # MODEL.ROI_HEADS.NUM_CLASSES is their number, and an epoch has IMAGES_PER_CLASS (0 = all images); "rank_lists":

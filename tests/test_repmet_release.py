@@ -10,9 +10,8 @@ import pytest
 from factories import ROOT
 
 from fewshot_d2.data.benchmark_plans import BenchmarkPlan
-from fewshot_d2.data.coco_json import load_instances_json
+from fewshot_d2.data.coco_json import contiguous_ids, load_instances_json
 from fewshot_d2.data.index import InstanceIndex
-from fewshot_d2.data.loaders import contiguous_ids
 from fewshot_d2.data.repmet_release import convert_release
 
 PREFIX = "/somewhere/ILSVRC/"

@@ -7,13 +7,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from factories import CATEGORIES, registered_set, set_fixture, tiny_config
 from PIL import Image
 
 from fewshot_d2.data.ground_truth import KEEP_ALL, GroundTruthFilter
 from fewshot_d2.data.index import InstanceIndex
-from fewshot_d2.data.loaders import build_factory, build_training_episodes
+from fewshot_d2.data.loaders import build_factory, build_index, build_training_episodes
 from fewshot_d2.data.tuple_plans import TuplePlan, build_tuple_plans, make_tuple_plan
 from fewshot_d2.data.tuples import TupleSampler, _drawn, largest_instance
 
@@ -56,6 +57,25 @@ def index_of(classes_of_images, first=0):
 def plan_options(**changes):
     options = {"dataset": "a", "support_dataset": "a", "split": "all", "side": "all", "seed": 3}
     return {**options, "shots": 2, "max_shots": 4, "num_episodes": 50, **changes}
+
+
+def test_images_of_a_novel_class_can_be_left_out(dataset):
+    """Objects that are no ground truth count as well; the data set itself stays whole."""
+    label = list(CATEGORIES).index(90)
+    whole = DatasetCatalog.get(NAME)
+    clean = {
+        r["file_name"] for r in whole if label not in [a["category_id"] for a in r["annotations"]]
+    }
+    assert 0 < len(clean) < len(whole)
+    keys = ("FEWSHOT.SPLIT", "novel:d", "FEWSHOT.NUM_SHOTS", 1, "FEWSHOT.EXCLUDE_NOVEL_IMAGES")
+    for excludes, wanted in ((True, clean), (False, {r["file_name"] for r in whole})):
+        factory = build_training_episodes(config(*keys, excludes)).factory
+        for index in (factory.query_index, factory.support_index):
+            assert {r["file_name"] for r in index.dicts} == wanted
+    none = build_index(NAME, None, GroundTruthFilter(min_area=0.2), hidden_ids=[90])
+    assert {r["file_name"] for r in none.dicts} == clean
+    assert not any(r["annotations"] for r in none.dicts)
+    assert len(DatasetCatalog.get(NAME)) == len(whole)
 
 
 def test_training_tuples_are_of_base_classes_and_of_different_images(dataset):

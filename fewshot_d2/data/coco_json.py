@@ -64,6 +64,11 @@ def dataset_categories(name: str) -> dict[int, str]:
     }
 
 
+def contiguous_ids(dataset: str) -> dict[int, int]:
+    """Dataset category id -> ``category_id`` in the dicts."""
+    return {c: i for i, c in enumerate(dataset_categories(dataset))}
+
+
 def load_instances_json(
     json_file: str | Path, image_root: str | Path, name: str
 ) -> list[DatasetDict]:

@@ -1,7 +1,7 @@
 """Loaders for training and evaluation, built on detectron2's."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ..structures import SupportFeatures
-from .coco_json import dataset_categories, register_instances
+from .coco_json import contiguous_ids, dataset_categories, register_instances
 from .dataset_mapper import EPISODIC_MAPPER_REGISTRY
 from .episodes import EpisodeFactory, EpisodeStream, PlannedEpisodes, TrainingEpisodes
 from .ground_truth import KEEP_ALL, GroundTruthFilter
@@ -28,7 +28,7 @@ from .pool_episodes import PoolEpisodes
 from .pseudo_labels import PseudoLabels
 from .rank_lists import RankLists
 from .sample_pool import SamplePool
-from .splits import classes_of_side, restrict_to_classes, split_of
+from .splits import classes_of_side, images_without, restrict_to_classes, split_of
 from .tuples import TrainingTuples
 
 logger = logging.getLogger(__name__)
@@ -47,21 +47,18 @@ def build_index(
     dataset: str,
     class_ids: Iterable[int] | None = None,
     ground_truth: GroundTruthFilter = KEEP_ALL,
+    hidden_ids: Collection[int] = (),
 ) -> InstanceIndex:
     """Index a data set; with ``class_ids``, annotations of all other classes are *removed* first.
 
-    So are those that are no ``ground_truth``.
+    So are those that are no ``ground_truth``, and images with an object of the classes ``hidden_ids``, as they are.
     """
-    dicts = ground_truth(DatasetCatalog.get(dataset))
-    contiguous = contiguous_ids(dataset)
+    dicts, contiguous = DatasetCatalog.get(dataset), contiguous_ids(dataset)
+    hidden = {i for c, i in contiguous.items() if c in hidden_ids}
+    dicts = ground_truth(images_without(dicts, hidden))
     if class_ids is not None:
         dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids})
     return InstanceIndex(dicts, {i: c for c, i in contiguous.items()})
-
-
-def contiguous_ids(dataset: str) -> dict[int, int]:
-    """Dataset category id -> ``category_id`` in the dicts."""
-    return {c: i for i, c in enumerate(dataset_categories(dataset))}
 
 
 def build_factory(
@@ -69,17 +66,18 @@ def build_factory(
     support_dataset: str,
     class_ids: Iterable[int] | None = None,
     ground_truth: GroundTruthFilter = KEEP_ALL,
+    hidden_ids: Collection[int] = (),
 ) -> EpisodeFactory:
     """Indices of queries and supports (see ``build_index``); one object where the two data sets are one.
 
     Raises:
         ValueError: the two data sets do not share their category ids.
     """
-    query_index = build_index(dataset, class_ids, ground_truth)
+    query_index = build_index(dataset, class_ids, ground_truth, hidden_ids)
     names = dataset_categories(dataset)
     support_index = query_index
     if support_dataset and support_dataset != dataset:
-        support_index = build_index(support_dataset, class_ids, ground_truth)
+        support_index = build_index(support_dataset, class_ids, ground_truth, hidden_ids)
         unknown = set(support_index.class_ids) - set(names)
         if unknown:
             raise ValueError(
@@ -154,9 +152,11 @@ def build_training_episodes(
     dataset = cfg.DATASETS.TRAIN[0]
     if cfg.FEWSHOT.SPLIT != "all":
         _check_same_classes(dataset, cfg.DATASETS.TEST)
-    base = split_of(dataset, cfg.FEWSHOT.SPLIT).base
+    split = split_of(dataset, cfg.FEWSHOT.SPLIT)
     ground_truth = GroundTruthFilter.from_cfg(cfg)
-    factory = build_factory(dataset, cfg.FEWSHOT.SUPPORT.DATASET_TRAIN, base, ground_truth)
+    hidden = split.novel if cfg.FEWSHOT.EXCLUDE_NOVEL_IMAGES else ()
+    supports = cfg.FEWSHOT.SUPPORT.DATASET_TRAIN
+    factory = build_factory(dataset, supports, split.base, ground_truth, hidden)
     mapper, seed = build_mapper(cfg, is_train=True), max(cfg.SEED, 0)
     if cfg.FEWSHOT.TRAIN_ON == "base_images":
         episodes = TrainingImages(

@@ -119,6 +119,17 @@ def restrict_to_classes(
     ]
 
 
+def images_without(
+    dicts: Iterable[DatasetDict], contiguous_ids: Collection[int]
+) -> list[DatasetDict]:
+    """The dataset dicts without any annotation of the given classes, crowds and small objects included."""
+    return [
+        record
+        for record in dicts
+        if not any(a["category_id"] in contiguous_ids for a in record.get("annotations", ()))
+    ]
+
+
 class _Classes:
     """The classes of a data set, to be found by name or id."""
 
