@@ -84,6 +84,8 @@ def test_there_are_configs():
         ("FEWSHOT.PRETRAIN.TEMPERATURE", -0.1),
         ("FEWSHOT.PRETRAIN.IMS_PER_BATCH", 0),
         ("FEWSHOT.PRETRAIN.TASK", "crops"),
+        # Without novel classes.
+        ("FEWSHOT.EXCLUDE_NOVEL_IMAGES", True),
     ],
 )
 def test_values_that_would_fail_late_or_do_nothing_are_refused(key, value):

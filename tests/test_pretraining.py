@@ -31,8 +31,13 @@ from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.data.loaders import build_training_episodes
 from fewshot_d2.data.support_pairs import SupportPairs
 from fewshot_d2.engine import pretrain, trainer
-from fewshot_d2.engine.pretrain import ObjectClassification, pretrain_detector
-from fewshot_d2.modeling.losses import IGNORED, cell_targets, support_contrast
+from fewshot_d2.engine.pretrain import (
+    IGNORED,
+    ObjectClassification,
+    cell_targets,
+    pretrain_detector,
+)
+from fewshot_d2.modeling.losses import support_contrast
 from fewshot_d2.transforms import SupportCrop
 
 NAME = "pretraining_test_set"
@@ -233,13 +238,26 @@ class Ramps(Backbone):
         return maps
 
 
-def naive_targets(boxes, classes, size, stride, background):
+def objects_of(image_size, boxes, classes, difficult=None):
+    objects = Instances(image_size)
+    objects.gt_boxes, objects.gt_classes = Boxes(torch.as_tensor(boxes)), torch.as_tensor(classes)
+    if difficult is not None:
+        objects.gt_difficult = torch.as_tensor(difficult)
+    return objects
+
+
+def naive_targets(objects, size, stride, background):
     """Cell by cell: what ``cell_targets`` says in words."""
     columns, rows = ([(i + 0.5) * stride for i in range(n)] for n in (size[1], size[0]))
     targets = [[background] * size[1] for _ in range(size[0])]
     middles = {}
+    labels = objects.gt_classes.tolist()
+    if objects.has("gt_difficult"):
+        both = zip(labels, objects.gt_difficult.tolist(), strict=True)
+        labels = [IGNORED if difficult else label for label, difficult in both]
     by_area = sorted(
-        zip(boxes, classes, strict=True), key=lambda o: -(o[0][2] - o[0][0]) * (o[0][3] - o[0][1])
+        zip(objects.gt_boxes.tensor.tolist(), labels, strict=True),
+        key=lambda o: -(o[0][2] - o[0][0]) * (o[0][3] - o[0][1]),
     )
     for (x1, y1, x2, y2), label in by_area:
         x, y = (x1 + x2) / 2, (y1 + y2) / 2
@@ -251,6 +269,11 @@ def naive_targets(boxes, classes, size, stride, background):
                     targets[i][j] = IGNORED
                 if abs(c - x) <= reach_x and abs(r - y) <= reach_y:
                     middles[i, j] = label
+    height, width = objects.image_size
+    for i, r in enumerate(rows):
+        for j, c in enumerate(columns):
+            if r >= height or c >= width:
+                targets[i][j] = IGNORED
     for (i, j), label in middles.items():
         targets[i][j] = label
     return targets
@@ -260,20 +283,21 @@ def naive_targets(boxes, classes, size, stride, background):
 @pytest.mark.parametrize("number", [0, 1, 7])
 def test_targets_of_cells_equal_loops(rng, stride, number):
     size = (9, 12)
-    corners = torch.rand(number, 2, generator=rng, dtype=torch.float64) * 30
-    sides = 1 + torch.rand(number, 2, generator=rng, dtype=torch.float64) * 40
-    boxes = torch.cat([corners, corners + sides], dim=1)
+    corners = torch.rand(number, 2, generator=rng) * 30
+    sides = 1 + torch.rand(number, 2, generator=rng) * 40
     classes = torch.randint(0, 5, (number,), generator=rng)
-    classes[1::3] = IGNORED
-    targets = cell_targets(boxes, classes, size, stride, background=5)
-    assert targets.tolist() == naive_targets(boxes.tolist(), classes.tolist(), size, stride, 5)
-    assert number == 0 or set(classes.tolist()) & set(targets.flatten().tolist())
+    difficult = torch.arange(number) % 3 == 1
+    objects = objects_of((25, 40), torch.cat([corners, corners + sides], dim=1), classes, difficult)
+    targets = cell_targets(objects, size, stride, background=5)
+    assert targets.tolist() == naive_targets(objects, size, stride, 5)
+    found = set(targets.flatten().tolist())
+    assert {5, IGNORED} <= found and (number == 0 or set(classes[~difficult].tolist()) & found)
 
 
-def test_every_object_has_a_cell_though_none_lies_in_it():
-    """The nearest one, also of an object behind the border; the smaller object wins a cell of both."""
-    boxes = torch.tensor([[5.0, 5.0, 6.0, 6.0], [40.0, 9.0, 44.0, 11.0], [0.0, 0.0, 16.0, 16.0]])
-    targets = cell_targets(boxes, torch.tensor([1, 2, 0]), (4, 4), 8, background=3)
+def test_an_object_without_a_cell_in_its_middle_has_the_nearest_one():
+    """Also one behind the border; the smaller object has a cell of both."""
+    boxes = [[5.0, 5.0, 6.0, 6.0], [40.0, 9.0, 44.0, 11.0], [0.0, 0.0, 16.0, 16.0]]
+    targets = cell_targets(objects_of((32, 32), boxes, [1, 2, 0]), (4, 4), 8, background=3)
     assert targets.tolist() == [[1, 0, 3, 3], [0, 0, 3, 2], [3, 3, 3, 3], [3, 3, 3, 3]]
 
 
@@ -283,23 +307,20 @@ def test_cells_are_classified_by_cosines_as_in_loops(rng):
     model = tiny_model()
     model.backbone = Ramps()
     learner = ObjectClassification(model, num_classes=3, temperature=TEMPERATURE)
-    first, second = Instances((40, 64)), Instances((64, 48))
-    first.gt_boxes = Boxes([[4.0, 8.0, 20.0, 12.0], [10.0, 10.0, 50.0, 30.0]])
-    second.gt_boxes = Boxes([[8.0, 8.0, 24.0, 56.0], [30.0, 50.0, 80.0, 90.0]])
-    first.gt_classes, second.gt_classes = torch.tensor([2, 0]), torch.tensor([1, 1])
-    second.gt_difficult = torch.tensor([False, True])
+    first = objects_of((40, 64), [[4.0, 8.0, 20.0, 12.0], [10.0, 10.0, 50.0, 30.0]], [2, 0])
+    boxes = [[8.0, 8.0, 24.0, 56.0], [30.0, 50.0, 80.0, 90.0]]
+    second = objects_of((64, 48), boxes, [1, 1], difficult=[False, True])
     batch = [
         {"image": torch.zeros(3, *i.image_size, dtype=torch.uint8), "instances": i}
         for i in (first, second)
     ]
     losses = learner(batch)
-    labels = [[2, 0], [1, IGNORED]]
     for level, classifier in learner.classifiers.items():
         stride, rows = int(level[1:]), classifier.tolist()
         objects, background = [], []
-        for instances, of_image in zip((first, second), labels, strict=True):
-            boxes, size = instances.gt_boxes.tensor.tolist(), (64 // stride, 64 // stride)
-            targets = naive_targets(boxes, of_image, size, stride, background=3)
+        for of_image in (first, second):
+            size = (64 // stride, 64 // stride)
+            targets = naive_targets(of_image, size, stride, background=3)
             for i, j in itertools.product(range(size[0]), range(size[1])):
                 if targets[i][j] != IGNORED:
                     cell = (j + 0.5) * stride, (i + 0.5) * stride

@@ -234,3 +234,19 @@ def test_clipping_is_by_the_norm_over_all_parameters(rng, scale):
     factor = min(1.0, 5.0 / norm.item())
     for parameter, old, gradient in zip(parameters, before, gradients, strict=True):
         torch.testing.assert_close(parameter.data, old - factor * gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_warned"),
+    [
+        ((), True),
+        (("FEWSHOT.PRETRAIN.MAX_ITER", 1), False),
+        (("MODEL.RESNETS.NORM", "BN"), False),
+        (("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 4), True),
+    ],
+)
+def test_what_is_frozen_before_it_has_seen_an_image_is_warned_of(folder, caplog, keys, is_warned):
+    plain = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.WEIGHTS", "")
+    more = overrides(folder, "OUTPUT_DIR", str(folder / "run"), "FEWSHOT.PRETRAIN.MAX_ITER", 0)
+    EpisodicTrainer(tiny_config(*more, *plain, *keys))
+    assert ("frozen before they have seen an image" in caplog.text) == is_warned

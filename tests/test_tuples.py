@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
-from factories import CATEGORIES, registered_set, set_fixture, tiny_config
+from factories import CATEGORIES, registered_set, set_fixture, tiny_config, write_set
 from PIL import Image
 
+from fewshot_d2 import load_config
 from fewshot_d2.data.ground_truth import KEEP_ALL, GroundTruthFilter
 from fewshot_d2.data.index import InstanceIndex
 from fewshot_d2.data.loaders import build_factory, build_index, build_training_episodes
@@ -59,23 +60,35 @@ def plan_options(**changes):
     return {**options, "shots": 2, "max_shots": 4, "num_episodes": 50, **changes}
 
 
-def test_images_of_a_novel_class_can_be_left_out(dataset):
-    """Objects that are no ground truth count as well; the data set itself stays whole."""
+def test_images_of_a_novel_class_can_be_left_out(dataset, tmp_path_factory):
+    """Of queries and of supports, whether or not the object is ground truth; the data sets themselves stay whole."""
+    other, folder = "tuples_test_supports", tmp_path_factory.mktemp("supports")
+    write_set(folder, num_images=16, seed=1)
     label = list(CATEGORIES).index(90)
-    whole = DatasetCatalog.get(NAME)
-    clean = {
-        r["file_name"] for r in whole if label not in [a["category_id"] for a in r["annotations"]]
-    }
-    assert 0 < len(clean) < len(whole)
-    keys = ("FEWSHOT.SPLIT", "novel:d", "FEWSHOT.NUM_SHOTS", 1, "FEWSHOT.EXCLUDE_NOVEL_IMAGES")
-    for excludes, wanted in ((True, clean), (False, {r["file_name"] for r in whole})):
-        factory = build_training_episodes(config(*keys, excludes)).factory
-        for index in (factory.query_index, factory.support_index):
-            assert {r["file_name"] for r in index.dicts} == wanted
-    none = build_index(NAME, None, GroundTruthFilter(min_area=0.2), hidden_ids=[90])
-    assert {r["file_name"] for r in none.dicts} == clean
-    assert not any(r["annotations"] for r in none.dicts)
-    assert len(DatasetCatalog.get(NAME)) == len(whole)
+    with registered_set(other, folder):
+        whole, clean = {}, {}
+        for name in (NAME, other):
+            dicts = DatasetCatalog.get(name)
+            whole[name] = {r["file_name"] for r in dicts}
+            shown = {r["file_name"]: [a["category_id"] for a in r["annotations"]] for r in dicts}
+            clean[name] = {file_name for file_name, ids in shown.items() if label not in ids}
+            assert clean[name] < whole[name]
+        keys = ("FEWSHOT.SPLIT", "novel:d", "FEWSHOT.NUM_SHOTS", 1)
+        keys += ("FEWSHOT.SUPPORT.DATASET_TRAIN", other, "FEWSHOT.EXCLUDE_NOVEL_IMAGES")
+        for excludes, wanted in ((True, clean), (False, whole)):
+            factory = build_training_episodes(config(*keys, excludes)).factory
+            for name, index in ((NAME, factory.query_index), (other, factory.support_index)):
+                assert {r["file_name"] for r in index.dicts} == wanted[name]
+        none = build_index(NAME, None, GroundTruthFilter(min_area=0.2), hidden_ids=[90])
+        assert {r["file_name"] for r in none.dicts} == clean[NAME]
+        assert not any(r["annotations"] for r in none.dicts)
+        assert {r["file_name"] for r in DatasetCatalog.get(NAME)} == whole[NAME]
+
+
+def test_rank_lists_know_of_no_novel_images():
+    keys = ("FEWSHOT.TRAIN_ON", "rank_lists", "FEWSHOT.SPLIT", "novel:d")
+    with pytest.raises(ValueError, match="EXCLUDE_NOVEL_IMAGES must be False"):
+        load_config("", [*keys, "FEWSHOT.EXCLUDE_NOVEL_IMAGES", True])
 
 
 def test_training_tuples_are_of_base_classes_and_of_different_images(dataset):

@@ -40,6 +40,11 @@ def check_data_config(cfg: CN) -> None:
             "FEWSHOT.NUM_WAYS must be 1 and NUM_ABSENT_WAYS 0 to train on tuples, got "
             f"{node.NUM_WAYS} and {node.NUM_ABSENT_WAYS}"
         )
+    if node.EXCLUDE_NOVEL_IMAGES and (node.SPLIT == "all" or node.TRAIN_ON == "rank_lists"):
+        raise ValueError(
+            "FEWSHOT.EXCLUDE_NOVEL_IMAGES must be False without novel classes, and with rank lists, which know of no "
+            f"class, got SPLIT {node.SPLIT!r} and TRAIN_ON {node.TRAIN_ON!r}"
+        )
     AugmentationRule.from_cfg(cfg)
     is_filtered = GroundTruthFilter.from_cfg(cfg) != KEEP_ALL
     if is_filtered and cfg.DATASETS.TEST and cfg.FEWSHOT.TEST.PROTOCOL != "episodes":

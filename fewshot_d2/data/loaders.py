@@ -51,7 +51,7 @@ def build_index(
 ) -> InstanceIndex:
     """Index a data set; with ``class_ids``, annotations of all other classes are *removed* first.
 
-    So are those that are no ``ground_truth``, and images with an object of the classes ``hidden_ids``, as they are.
+    So are those that are no ``ground_truth``, and before that images with any object of the classes ``hidden_ids``.
     """
     dicts, contiguous = DatasetCatalog.get(dataset), contiguous_ids(dataset)
     hidden = {i for c, i in contiguous.items() if c in hidden_ids}

@@ -122,7 +122,10 @@ def restrict_to_classes(
 def images_without(
     dicts: Iterable[DatasetDict], contiguous_ids: Collection[int]
 ) -> list[DatasetDict]:
-    """The dataset dicts without any annotation of the given classes, crowds and small objects included."""
+    """The dataset dicts without any annotation of the given classes, crowds and small objects included.
+
+    Annotations without area are gone since the file was read.
+    """
     return [
         record
         for record in dicts

@@ -28,13 +28,15 @@ from ..data.images import TrainingImages
 from ..data.loaders import open_batches
 from ..data.support_pairs import SupportPairs
 from ..modeling.detector import FewShotDetector
-from ..modeling.losses import IGNORED, cell_targets, support_contrast
+from ..modeling.losses import support_contrast
 from ..structures import SupportSet
 from .hooks import SeedEachStep
 from .solver import average_buffers, build_optimizer, distributed
 
 logger = logging.getLogger(__name__)
 
+# What torch's cross entropy leaves out.
+IGNORED = -100
 _PERIOD = 20
 # Of the loss of background's cells, which are easy and many.
 _BACKGROUND = 0.3
@@ -61,7 +63,8 @@ class ObjectClassification(nn.Module):
     """Tells base classes and background apart in every cell of each map.
 
     Cells are what is compared later: those between objects must look like no object, and those in the middle of one
-    alike, wherever it lies. The classifiers, by cosines and one a map, are thrown away.
+    alike, wherever it lies. What has no label, as crowds and removed objects, is background. The classifiers, by
+    cosines and one a map, are thrown away.
     """
 
     def __init__(self, detector: FewShotDetector, num_classes: int, temperature: float):
@@ -82,12 +85,12 @@ class ObjectClassification(nn.Module):
         """Losses of the queries' cells: {"loss_object_<level>": Tensor[], "loss_background_<level>": Tensor[]}."""
         queries = self.detector.preprocess(batched_inputs)
         maps = self.detector.backbone(queries.tensor)
-        objects = [_labelled(x["instances"].to(self.detector.device)) for x in batched_inputs]
+        objects = [x["instances"].to(self.detector.device) for x in batched_inputs]
         losses = {}
         for level, classifier in self.classifiers.items():
             size, background = maps[level].shape[2:], len(classifier) - 1
             stride = queries.tensor.shape[-1] / size[1]
-            targets = torch.stack([cell_targets(*o, size, stride, background) for o in objects])
+            targets = torch.stack([cell_targets(o, size, stride, background) for o in objects])
             kept = targets != IGNORED
             features = F.normalize(maps[level].movedim(1, 3)[kept], dim=1)
             logits = features @ F.normalize(classifier, dim=1).T / self.temperature
@@ -98,12 +101,46 @@ class ObjectClassification(nn.Module):
         return losses
 
 
-def _labelled(objects: Instances) -> tuple[Tensor, Tensor]:
-    """Boxes and classes, ``IGNORED`` where difficult: patches cut these, so that their middle may not be there."""
-    classes = objects.gt_classes
+def cell_targets(
+    objects: Instances, size: tuple[int, int], stride: float, background: int
+) -> Tensor:
+    """What each cell of a map is to be classified as.
+
+    An object has the cells whose centres lie in its middle, half of each side, or nearest to its centre if there are
+    none; those of several objects are the smallest one's. The rest of an object is ignored, as are all of a difficult
+    one (patches cut these, so that their middle may not be there) and cells outside the image. Others are background.
+
+    Args:
+        objects: with ``gt_boxes`` (XYXY in pixels of the network's image), ``gt_classes`` and, where there is one,
+            ``gt_difficult``.
+        size: rows and columns of the map. stride: pixels a cell. background: its class.
+
+    Returns:
+        int64 Tensor[rows, columns].
+    """
+    boxes, classes = objects.gt_boxes.tensor, objects.gt_classes
     if objects.has("gt_difficult"):
         classes = classes.masked_fill(objects.gt_difficult, IGNORED)
-    return objects.gt_boxes.tensor, classes
+    order = objects.gt_boxes.area().argsort(stable=True)
+    boxes, classes = boxes[order], classes[order]
+    whole = boxes.new_ones(1, *size, dtype=torch.bool)
+    is_middle = is_inside = whole.expand(len(boxes), -1, -1)
+    is_outside = ~whole
+    for axis in (0, 1):
+        # Columns lie along the last axis, rows along the one before.
+        centres = (torch.arange(size[1 - axis], device=boxes.device) + 0.5) * stride
+        low, high = boxes[:, axis, None], boxes[:, axis + 2, None]
+        distance, half = (centres - (low + high) / 2).abs(), (high - low) / 2
+        middle = distance <= torch.maximum(half / 2, distance.amin(dim=1, keepdim=True))
+        is_middle = is_middle & middle.unsqueeze(1 + axis)
+        is_inside = is_inside & (distance <= half).unsqueeze(1 + axis)
+        is_outside = is_outside | (centres >= objects.image_size[1 - axis])[None].unsqueeze(
+            1 + axis
+        )
+    ignored = is_outside | is_inside.any(dim=0, keepdim=True)
+    labels = torch.cat([classes, classes.new_tensor([IGNORED, background])])
+    # The first that claims a cell has it.
+    return labels[torch.cat([is_middle, ignored, whole]).int().argmax(dim=0)]
 
 
 def _mean(losses: Tensor) -> Tensor:
@@ -157,6 +194,11 @@ def _objects(
 ) -> tuple[nn.Module, Iterable]:
     node = cfg.FEWSHOT.PRETRAIN
     images = TrainingImages(episodes.factory, episodes.mapper, per_class=0, seed=episodes.seed)
+    if cfg.FEWSHOT.SPLIT != "all" and not cfg.FEWSHOT.EXCLUDE_NOVEL_IMAGES:
+        logger.warning(
+            "Pre-training learns novel objects as background, if there are any in the training images; "
+            "FEWSHOT.EXCLUDE_NOVEL_IMAGES leaves these images out"
+        )
     if len(images.class_ids) < 2:
         raise ValueError(
             f"FEWSHOT.PRETRAIN must have at least 2 base classes, got {len(images.class_ids)}"

@@ -38,10 +38,10 @@ class EpisodicTrainer(DefaultTrainer):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
-        if _has_blind_norms(cfg):
+        if _is_blind(cfg):
             logger.warning(
-                "No weights: norms are frozen before they have seen an image; give MODEL.WEIGHTS, set "
-                "FEWSHOT.PRETRAIN.MAX_ITER, or set the backbone's NORM to BN to train from scratch"
+                "No weights: layers or norms are frozen before they have seen an image; give MODEL.WEIGHTS, set "
+                "FEWSHOT.PRETRAIN.MAX_ITER, or, to train from scratch, the backbone's NORM to BN and FREEZE_AT to 0"
             )
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -104,12 +104,15 @@ class EpisodicTrainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
 
 
-def _has_blind_norms(cfg: CfgNode) -> bool:
-    """Whether the backbone's norms are frozen without weights or pre-training that would fill them."""
+def _is_blind(cfg: CfgNode) -> bool:
+    """Whether norms or layers of the backbone are frozen without weights or pre-training that would fill them."""
     if cfg.MODEL.WEIGHTS or cfg.FEWSHOT.PRETRAIN.MAX_ITER:
         return False
+    is_frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0
     for name in ("TORCHVISION", "TIMM"):
         if name.lower() in cfg.MODEL.BACKBONE.NAME:
             node = cfg.MODEL[name]
-            return node.NORM == "FrozenBN" and not node.WEIGHTS
-    return "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+            return not node.WEIGHTS and (is_frozen or node.NORM == "FrozenBN")
+    return "resnet" in cfg.MODEL.BACKBONE.NAME and (
+        is_frozen or cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    )

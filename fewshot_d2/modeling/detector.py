@@ -130,7 +130,7 @@ class FewShotDetector(nn.Module):
 
     @property
     def object_levels(self) -> list[str]:
-        """Maps of the backbone in which pre-training on objects classifies them: all of them."""
+        """Maps of the backbone whose cells pre-training on objects classifies: all of them."""
         return list(self.backbone.output_shape())
 
     def encode_support(self, support_sets: Sequence[SupportSet]) -> SupportFeatures:

@@ -19,8 +19,6 @@ REDUCTIONS = ("detectron2", "original")
 _WEIGHT_RATIO = 1000.0
 # Largest losses and weights below these are rounding.
 _LEAST_LOSS, _LEAST_WEIGHT = 1e-5, 1e-8
-# What torch's cross entropy leaves out.
-IGNORED = -100
 
 
 def check_reduction(reduction: str) -> str:
@@ -93,40 +91,6 @@ def hard_negatives(losses: Tensor, positive: Tensor, ratio: int) -> Tensor:
     wanted = (ratio * positive.sum(dim=1)).clamp(max=positive.shape[1] - 1)
     order = losses.masked_fill(positive, float("-inf")).argsort(dim=1, descending=True)
     return (order.argsort(dim=1) < wanted[:, None]) & ~positive
-
-
-def cell_targets(
-    boxes: Tensor, classes: Tensor, size: tuple[int, int], stride: float, background: int
-) -> Tensor:
-    """What each cell of a map is to be classified as.
-
-    An object has the cells whose centres lie in its middle, half of each side, or nearest to it if there are none;
-    those of several objects are the smallest one's. The rest of an object is ignored, and the rest is background.
-
-    Args:
-        boxes (Tensor[n, 4]): XYXY in pixels of the network's image. classes (Tensor[n]): ``IGNORED`` = all of the
-            object is.
-        size: rows and columns of the map. stride: pixels a cell. background: its class.
-
-    Returns:
-        int64 Tensor[rows, columns].
-    """
-    order = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(stable=True)
-    boxes, classes = boxes[order], classes[order]
-    whole = boxes.new_ones(1, *size, dtype=torch.bool)
-    is_middle = is_inside = whole.expand(len(boxes), -1, -1)
-    for axis in (0, 1):
-        centres = (torch.arange(size[1 - axis], device=boxes.device) + 0.5) * stride
-        low, high = boxes[:, axis, None], boxes[:, axis + 2, None]
-        distance, half = (centres - (low + high) / 2).abs(), (high - low) / 2
-        middle = distance <= torch.maximum(half / 2, distance.amin(dim=1, keepdim=True))
-        # Columns lie along the last axis, rows along the one before.
-        is_middle = is_middle & middle.unsqueeze(1 + axis)
-        is_inside = is_inside & (distance <= half).unsqueeze(1 + axis)
-    candidates = torch.cat([is_middle, is_inside.any(dim=0, keepdim=True), whole])
-    labels = torch.cat([classes, classes.new_tensor([IGNORED, background])])
-    # The first that claims a cell has it.
-    return labels[candidates.int().argmax(dim=0)]
 
 
 def support_contrast(first: Tensor, second: Tensor, temperature: float) -> Tensor:

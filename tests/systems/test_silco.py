@@ -286,6 +286,7 @@ def test_summed_weights_make_maps_larger_with_more_shots(model, rng):
         ("MODEL.SILCO.STEPS", (4, 8, 16), r"must be of 4 maps, got of \(3, 6, 6\)"),
         ("MODEL.SILCO.SIZES", (10, 20, 34, 48), r"must be of 4 maps, got of \(6, 3, 6\)"),
         ("FEWSHOT.RESIZE_RULE", "paper", "RESIZE_RULE must be 'stretch' for SILCO"),
+        ("MODEL.SILCO.TEMPERATURE", -0.06, "TEMPERATURE must be 0 or at least"),
     ],
 )
 def test_contradicting_keys_are_refused(key, value, message):
@@ -303,6 +304,14 @@ def test_pre_training_is_on_objects_in_the_maps_that_are_used():
 def test_one_trunk_alone_cannot_be_pre_trained():
     with pytest.raises(ValueError, match=r"PRETRAIN.MAX_ITER must be 0"):
         built("MODEL.SILCO.SEPARATE_TRUNKS", True, "FEWSHOT.PRETRAIN.MAX_ITER", 1)
+
+
+def test_temperature_reaches_the_attention_of_every_map():
+    for keys, scale in (((), 1 / 0.06), (("MODEL.SILCO.TEMPERATURE", 0.0), 64**-0.5)):
+        fusions = list(built(*keys).fusions.values())
+        assert fusions[0].attention_scale == pytest.approx(scale)
+        alike = [torch.equal(f.theta.weight, f.phi.weight) for f in fusions]
+        assert alike == [not keys] * 3
 
 
 def test_cropped_supports_are_warned_of(caplog):

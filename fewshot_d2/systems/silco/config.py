@@ -15,7 +15,7 @@ def add_config(cfg: CfgNode) -> None:
     node.NORMALIZE_WEIGHTS = False
     # 0: attention by scaled products (eq. 4). Else (ours) by cosines, divided by this, with theta and phi alike at
     # first: a cell then looks at what looks like it from the start, however small the maps' values. Where products are
-    # flat, a comparison must be found by chance, which takes a training as long as the paper's.
+    # flat, a comparison must be found by chance, which takes a training as long as the paper's. "gap" has no attention.
     node.TEMPERATURE = 0.0
     # Maps of the trunk that are enhanced and predicted on; without 5 there are the paper's five scales (A2).
     node.SOURCES = (0, 1, 2, 3, 4, 5)

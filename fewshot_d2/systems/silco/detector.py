@@ -30,6 +30,9 @@ from .similarity import SIMILARITIES, PooledFusion, SimilarityFusion
 
 logger = logging.getLogger(__name__)
 
+# Of cosines in attention: below it, exponents are all or nothing.
+_LEAST_TEMPERATURE = 1e-4
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -304,6 +307,10 @@ def _check_keys(cfg: CfgNode) -> None:
         raise ValueError(
             "SILCO.REWEIGHTING must be False unless SIMILARITY is 'image', which alone has a weight a support, got "
             f"{node.SIMILARITY!r}"
+        )
+    if node.TEMPERATURE and node.TEMPERATURE < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"SILCO.TEMPERATURE must be 0 or at least {_LEAST_TEMPERATURE}, got {node.TEMPERATURE}"
         )
     if cfg.FEWSHOT.RESIZE_RULE != "stretch":
         raise ValueError(

@@ -66,7 +66,8 @@ class SimilarityFusion(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.dropout = nn.Dropout(dropout)
         self.is_global, self.reweighting = is_global, reweighting
-        self.normalize_weights, self.temperature = normalize_weights, temperature
+        self.normalize_weights, self.by_cosines = normalize_weights, temperature > 0
+        self.attention_scale = 1 / temperature if temperature else half**-0.5
 
     def encode(self, maps: Tensor, is_shot: Tensor) -> dict[str, Tensor]:
         """What does not depend on a query.
@@ -88,16 +89,15 @@ class SimilarityFusion(nn.Module):
             _tokens(conv(maps.flatten(0, 1))).unflatten(0, is_shot.shape)
             for conv in (self.phi, self.g)
         )
-        if self.temperature:
+        if self.by_cosines:
             keys = F.normalize(keys, dim=-1)
         return {"keys": keys, "values": values, "weights": weights}
 
     def describe(self, features: Tensor) -> dict[str, Tensor]:
         """What is worth computing once a query: the map (Tensor[N, C, H, W]) and its "theta" (Tensor[N, H * W, D])."""
         theta = _tokens(self.theta(features))
-        if self.temperature:
-            # Attention will divide by the root.
-            theta = F.normalize(theta, dim=-1) * (theta.shape[-1] ** 0.5 / self.temperature)
+        if self.by_cosines:
+            theta = F.normalize(theta, dim=-1)
         return {"map": features, "theta": theta}
 
     def forward(
@@ -125,8 +125,9 @@ class SimilarityFusion(nn.Module):
             mask (bool[P, 1, 1, h * w] or None): support tokens that are there.
         """
         theta = theta[:, None].expand(-1, keys.shape[1], -1, -1)
-        # Its scale is the 1 / sqrt(D) of spec A3.
-        attended = F.scaled_dot_product_attention(theta, keys, values, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(
+            theta, keys, values, attn_mask=mask, scale=self.attention_scale
+        )
         return self.weighted(attended, weights)
 
     def weighted(self, attended: Tensor, weights: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class SimilarityFusion(nn.Module):
         Args:
             theta (Tensor[P, H * W, D]), keys (Tensor[P, S, h * w, D]).
         """
-        logits = theta[:, None] @ keys.transpose(2, 3) / theta.shape[-1] ** 0.5
+        logits = theta[:, None] @ keys.transpose(2, 3) * self.attention_scale
         if not self.is_global:
             return logits.softmax(dim=-1)
         return (
