@@ -126,6 +126,8 @@ def images_without(
 
     Annotations without area are gone since the file was read.
     """
+    if not contiguous_ids:
+        return list(dicts)
     return [
         record
         for record in dicts
