@@ -27,9 +27,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def launch_from_command_line(main: Callable[[argparse.Namespace], Any]) -> None:
-    """Run ``main`` in every process that the arguments of detectron2's parser ask for."""
-    args = default_argument_parser().parse_args()
+def launch_from_command_line(
+    main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser | None = None
+) -> None:
+    """Run ``main`` in every process that the arguments of detectron2's parser, or of one with more, ask for."""
+    args = (parser or default_argument_parser()).parse_args()
     launch(
         main,
         args.num_gpus,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import write_bytes, write_text
-from ..visualization import plot_by_shots
+from ..visualization import plot_by_number
 from . import report_html as html
 from .report import ReportFacts, how_measured
 
@@ -37,7 +37,7 @@ def shot_curves(results: Results, metric: str) -> dict[str, dict[int, tuple[floa
 
 def shot_diagram(results: Results, metric: str) -> bytes:
     """A metric against the shots as PNG: a curve for each data set, side and number of ways."""
-    return plot_by_shots(shot_curves(results, metric), _METRICS[metric])
+    return plot_by_number(shot_curves(results, metric), "examples a class", _METRICS[metric])
 
 
 def shot_csv(results: Results) -> str:

@@ -4,7 +4,7 @@ from .alignment import alignment_panel
 from .pictures import draw_instances, episode_panel, query_panel
 from .plots import (
     plot_ap50_by_instances,
-    plot_by_shots,
+    plot_by_number,
     plot_confusion,
     plot_precision_recall,
     plot_training_losses,
@@ -15,7 +15,7 @@ __all__ = [
     "draw_instances",
     "episode_panel",
     "plot_ap50_by_instances",
-    "plot_by_shots",
+    "plot_by_number",
     "plot_confusion",
     "plot_precision_recall",
     "plot_training_losses",

@@ -54,24 +54,27 @@ def plot_ap50_by_instances(
     return _png(figure)
 
 
-def plot_by_shots(
-    values: Mapping[str, Mapping[int, tuple[float, float]]], ylabel: str, title: str = ""
+def plot_by_number(
+    values: Mapping[str, Mapping[int, tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
 ) -> bytes:
-    """Draw a number against the examples a class.
+    """Draw a value against whole numbers, which are equally far apart, as shots are in the papers.
 
     Args:
-        values: name -> {shots: (value, half width of its interval; NaN = none)}.
-        ylabel: what the value is. title: above the diagram.
+        values: name -> {number: (value, half width of its interval; NaN = none)}.
+        xlabel, ylabel: what number and value are. title: above the diagram.
     """
-    figure, axes = _figure(title, "examples a class", ylabel)
-    shots = sorted({n for series in values.values() for n in series})
+    figure, axes = _figure(title, xlabel, ylabel)
+    numbers = sorted({n for series in values.values() for n in series})
     for i, (name, series) in enumerate(values.items()):
-        places = [shots.index(n) for n in series]
+        places = [numbers.index(n) for n in series]
         means, widths = zip(*series.values(), strict=True)
         widths = np.nan_to_num(widths)
         axes.errorbar(places, means, widths, marker="o", capsize=4, label=name, **_line(i))
-    axes.set_xticks(range(len(shots)), shots)
-    axes.set_xlim(-0.3, len(shots) - 0.7)
+    axes.set_xticks(range(len(numbers)), numbers)
+    axes.set_xlim(-0.3, len(numbers) - 0.7)
     axes.set_ylim(bottom=0)
     _legend(figure, axes, len(values))
     return _png(figure)
