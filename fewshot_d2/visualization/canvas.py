@@ -91,7 +91,7 @@ def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
     return _font(max(14, round(min(size) / 26)))
 
 
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
     """Common area of two XYXY rectangles."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
@@ -164,8 +164,8 @@ def _label_place(
         x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)
         places.append((x, y, x + width, y + height))
     # In a crowd of instances some scores stay unwritten; a label on a label tells neither.
-    free = [p for p in places if not any(overlap(p, other) for other in labels)]
-    return min(free, key=lambda p: sum(overlap(p, box) for box in boxes), default=None)
+    free = [p for p in places if not any(_overlap(p, other) for other in labels)]
+    return min(free, key=lambda p: sum(_overlap(p, box) for box in boxes), default=None)
 
 
 def _draw_label(

@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from PIL import Image, ImageDraw
 
 from ..structures import Support, SupportSet
-from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, draw_marks, enlarged, font_for, overlap
+from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, draw_marks, enlarged, font_for
 
 RIGHT, WRONG, TRUTH = CLASS_COLORS[0], CLASS_COLORS[5], CLASS_COLORS[3]
 
@@ -59,7 +59,7 @@ def episode_panel(
     correct: Sequence[bool] | None = None,
     found: Sequence[bool] | None = None,
 ) -> np.ndarray:
-    """Draw an episode: ground truth with the support in a corner and, below, what was found.
+    """Draw an episode: the support, ground truth below it and, below that, what was found.
 
     ``correct`` and ``found`` turn colours into a verdict: right detections are blue, wrong ones
     dashed vermillion, instances yellow, dashed if they were missed. Without them colours are
@@ -78,17 +78,15 @@ def episode_panel(
     names = support.class_names
     # The name of an only class stands in the caption, not on every instance.
     label_names = names if len(names) > 1 else None
-    truth, caption, boxes = canvas.copy(), ", ".join(names), np.zeros((0, 4))
+    truth, caption = canvas.copy(), ", ".join(names)
     if ground_truth is not None:
-        boxes = _boxes(ground_truth) * scale
         colors, dashed = _class_colors(ground_truth), None
         if found is not None:
             colors, dashed = [TRUTH] * len(found), [not f for f in found]
         labels = _labels(ground_truth, label_names)
         draw_marks(truth, _marks(ground_truth, scale, truth.size, colors, labels, dashed))
         caption = f"truth: {len(ground_truth)} × {caption}" if len(names) == 1 else "truth"
-    _paste_supports(truth, support, boxes)
-    tiles = [captioned(truth, caption)]
+    tiles = [captioned(_under_supports(truth, support), caption)]
     if predictions is not None:
         shown = _above(predictions, threshold)
         colors, dashed, caption = _class_colors(shown), None, f"found: {len(shown)}"
@@ -102,7 +100,7 @@ def episode_panel(
         labels = _labels(shown, label_names)
         draw_marks(canvas, _marks(shown, scale, canvas.size, colors, labels, dashed))
         tiles.append(captioned(canvas, caption))
-    return np.asarray(_stacked(tiles))
+    return np.asarray(_stacked(tiles, gap=_GAP))
 
 
 def query_panel(
@@ -203,10 +201,8 @@ def _marks(
     return marks
 
 
-def _paste_supports(
-    canvas: Image.Image, support: SupportSet, boxes: Sequence[np.ndarray] | np.ndarray
-) -> None:
-    """Put as many supports as fit into the corner where they hide least of ``boxes``."""
+def _under_supports(canvas: Image.Image, support: SupportSet) -> Image.Image:
+    """The picture below a row of as many supports as fit its width."""
     classes = support.positives()
     # Several classes show one shot each, in the colour of their instances; one class shows all its
     # shots.
@@ -217,13 +213,7 @@ def _paste_supports(
     side = max(side, _MIN_THUMBNAIL)
     shots = shots[: max(canvas.width // (side + _FRAME), 1)]
     frames = [thumbnail(shot, side, colors[k % len(colors)]) for k, shot in enumerate(shots)]
-    size = sum(f.width for f in frames), max(f.height for f in frames)
-    corners = [(x, y) for y in (0, canvas.height - size[1]) for x in (0, canvas.width - size[0])]
-    hidden = [sum(overlap((x, y, x + size[0], y + size[1]), b) for b in boxes) for x, y in corners]
-    x, y = corners[int(np.argmin(hidden))]
-    for frame in frames:
-        canvas.paste(frame, (x, y))
-        x += frame.width
+    return _stacked([in_a_row(frames, gap=0), canvas], gap=0)
 
 
 def thumbnail(shot: Support, side: int, color: Color) -> Image.Image:
@@ -266,10 +256,12 @@ def in_a_row(tiles: Sequence[Image.Image], *, gap: int) -> Image.Image:
     return row
 
 
-def _stacked(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Tiles of one size above each other: on a phone each has the whole width."""
-    width, height = tiles[0].size
-    panel = Image.new("RGB", (width, len(tiles) * (height + _GAP) - _GAP), PAPER)
-    for i, tile in enumerate(tiles):
-        panel.paste(tile, (0, i * (height + _GAP)))
+def _stacked(tiles: Sequence[Image.Image], *, gap: int) -> Image.Image:
+    """Tiles above each other, so many pixels apart: on a phone each has the whole width."""
+    height = sum(tile.height + gap for tile in tiles) - gap
+    panel = Image.new("RGB", (max(tile.width for tile in tiles), height), PAPER)
+    y = 0
+    for tile in tiles:
+        panel.paste(tile, (0, y))
+        y += tile.height + gap
     return panel
