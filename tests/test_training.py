@@ -19,8 +19,11 @@ from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.engine import EpisodicTrainer, evaluate
 from fewshot_d2.engine.evaluate import evaluation_plans
 from fewshot_d2.engine.solver import build_optimizer, clip_global_norm
+from fewshot_d2.engine.trainer import _is_blind
 
 NAME = "training_test_set"
+PRETRAINED = ("FEWSHOT.PRETRAIN.MAX_ITER", 5)
+LOADED = ("MODEL.WEIGHTS", "x.pth")
 
 
 def overrides(folder, *more):
@@ -250,3 +253,25 @@ def test_what_is_frozen_before_it_has_seen_an_image_is_warned_of(folder, caplog,
     more = overrides(folder, "OUTPUT_DIR", str(folder / "run"), "FEWSHOT.PRETRAIN.MAX_ITER", 0)
     EpisodicTrainer(tiny_config(*more, *plain, *keys))
     assert ("frozen before they have seen an image" in caplog.text) == is_warned
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "expected"),
+    [
+        ("build_resnet_fpn_backbone", ("MODEL.BACKBONE.FREEZE_AT", 2), True),
+        ("build_resnet_fpn_backbone", ("MODEL.RESNETS.NORM", "FrozenBN"), True),
+        ("build_resnet_fpn_backbone", (), False),
+        ("build_resnet_fpn_backbone", ("MODEL.BACKBONE.FREEZE_AT", 2, *PRETRAINED), False),
+        ("build_resnet_fpn_backbone", ("MODEL.BACKBONE.FREEZE_AT", 2, *LOADED), False),
+        ("build_torchvision_fpn_backbone", ("MODEL.BACKBONE.FREEZE_AT", 2), True),
+        ("build_torchvision_fpn_backbone", ("MODEL.TORCHVISION.NORM", "FrozenBN"), True),
+        ("build_torchvision_fpn_backbone", ("MODEL.TORCHVISION.WEIGHTS", "x.pth"), False),
+        ("build_timm_fpn_backbone", ("MODEL.BACKBONE.FREEZE_AT", 2), False),
+        ("build_timm_fpn_backbone", ("MODEL.TIMM.NORM", "FrozenBN"), True),
+        ("build_ssd_vgg16_backbone", ("MODEL.RESNETS.NORM", "FrozenBN"), False),
+    ],
+)
+def test_frozen_layers_without_weights_are_warned_of(backbone, options, expected):
+    start = ("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.TORCHVISION.NORM", "BN", "MODEL.TIMM.NORM", "BN")
+    cfg = tiny_config("MODEL.BACKBONE.NAME", backbone, "MODEL.WEIGHTS", "", *start, *options)
+    assert _is_blind(cfg) is expected

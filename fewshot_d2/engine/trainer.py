@@ -108,11 +108,10 @@ def _is_blind(cfg: CfgNode) -> bool:
     """Whether norms or layers of the backbone are frozen without weights or pre-training that would fill them."""
     if cfg.MODEL.WEIGHTS or cfg.FEWSHOT.PRETRAIN.MAX_ITER:
         return False
-    is_frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0
-    for name in ("TORCHVISION", "TIMM"):
-        if name.lower() in cfg.MODEL.BACKBONE.NAME:
-            node = cfg.MODEL[name]
-            return not node.WEIGHTS and (is_frozen or node.NORM == "FrozenBN")
-    return "resnet" in cfg.MODEL.BACKBONE.NAME and (
-        is_frozen or cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    )
+    backbone, is_frozen = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    if "timm" in backbone:  # does not know FREEZE_AT
+        return not cfg.MODEL.TIMM.WEIGHTS and cfg.MODEL.TIMM.NORM == "FrozenBN"
+    if "torchvision" in backbone:
+        node = cfg.MODEL.TORCHVISION
+        return not node.WEIGHTS and (is_frozen or node.NORM == "FrozenBN")
+    return "resnet" in backbone and (is_frozen or cfg.MODEL.RESNETS.NORM == "FrozenBN")
