@@ -33,7 +33,6 @@ EXTRAS = {
     "timm": ["timm>=1.0"],
     "superpixels": ["scikit-image>=0.19"],
     "faiss": ["faiss-cpu>=1.8"],
-    "app": ["gradio>=4"],
 }
 
 setup(

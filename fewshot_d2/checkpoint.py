@@ -45,13 +45,8 @@ class FewShotCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            content = _read(filename)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{filename} must be a readable checkpoint, got: {error}") from error
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{filename} must hold a dict, got {type(content).__name__}")
-        content = dict(content) if "model" in content else {"model": dict(content)}
+        content = read_checkpoint(filename)
+        content = content if "model" in content else {"model": content}
         owner = content.get("system", self.system)
         if owner != self.system:
             raise ValueError(
@@ -89,6 +84,21 @@ def load_weights(
         model.load_state_dict(state if convert is None else convert(state, model.state_dict()))
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must fit {type(model).__name__}, got: {error}") from error
+
+
+def read_checkpoint(filename: str) -> dict[str, Any]:
+    """What a checkpoint or a model zoo's file holds, read without running code.
+
+    Raises:
+        ValueError: the file cannot be read or holds no dict; names it.
+    """
+    try:
+        content = _read(filename)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{filename} must be a readable checkpoint, got: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{filename} must hold a dict, got {type(content).__name__}")
+    return dict(content)
 
 
 def _read(filename: str) -> Any:

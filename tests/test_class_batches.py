@@ -207,6 +207,7 @@ def test_unreadable_image_is_named(folder, content):
     ("options", "message"),
     [
         (("SOLVER.IMS_PER_BATCH", 10), "EXAMPLES_PER_CLASS = 12, got 10"),
+        (("FEWSHOT.SPLIT", "novel:cat"), "SPLIT must be 'all' for a classifier.* got 'novel:cat'"),
         (("MODEL.DML.NUM_CLASSES", 5), "must be the 4 classes of .*got 5"),
         (("FEWSHOT.CLASSIFY.TRAIN", ""), "a folder, got ''"),
         (("FEWSHOT.CLASSIFY.TRAIN", "nowhere"), "a folder, got 'nowhere'"),

@@ -1,6 +1,8 @@
 """Training episodes, their stream, the mapper, and the border between base and novel classes."""
 
+import io
 import itertools
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from fewshot_d2.data.loaders import (
     build_training_episodes,
 )
 from fewshot_d2.data.plans import make_plan
+from fewshot_d2.decoding import read_rgb
 
 NAME = "episodes_test_set"
 
@@ -222,7 +225,7 @@ def test_mask_box_equals_the_rectangle_it_was_drawn_from(dataset):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other size", "bomb"])
 def test_training_names_the_broken_image(dataset, damage):
     episodes = build_training_episodes(config())
     record = episodes.sample(0).query
@@ -234,6 +237,12 @@ def test_training_names_the_broken_image(dataset, damage):
 def break_image(path, damage):
     with open(path, "rb") as file:
         content = file.read()
+    if damage == "bomb":
+        # The header of a bitmap declares its size.
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(picture, "BMP")
+        content = picture.getvalue()
+        content = content[:18] + struct.pack("<ii", 20000, 20000) + content[26:]
     if damage == "missing":
         Path(path).unlink()
         return
@@ -262,10 +271,11 @@ def make_test_plan(run=0):
     )
 
 
-def test_evaluation_leaves_broken_images_out_and_goes_on(dataset, caplog):
+@pytest.mark.parametrize("damage", ["truncated", "bomb"])
+def test_evaluation_leaves_broken_images_out_and_goes_on(dataset, damage, caplog):
     plan = make_test_plan()
     victim = build_factory(NAME, NAME).query_index.dicts[5]
-    break_image(victim["file_name"], "truncated")
+    break_image(victim["file_name"], damage)
     queries = [
         query
         for batch in EpisodicTestLoader(config(), plan, build_factory(NAME, NAME))
@@ -337,3 +347,19 @@ def test_decode_mask_of_all_three_forms():
     polygon = [[2, 1, 5, 1, 5, 4, 2, 4]]
     for form in (uncompressed, compressed, polygon):
         assert np.array_equal(dataset_mapper.decode_mask(form, 5, 6), mask)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_training_sees_pictures_as_find_does(tmp_path, image_format):
+    deep = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (4, 4), (9, 90, 200)).save(tmp_path / "plain.png")
+    order = [0, 1, 2] if image_format == "RGB" else [2, 1, 0]
+    for name in ("deep", "clear", "plain"):
+        path = str(tmp_path / f"{name}.png")
+        actual = dataset_mapper.read_image({"file_name": path}, image_format)
+        np.testing.assert_array_equal(actual, read_rgb(path)[..., order])
+    with pytest.raises(ValueError, match=r"plain\.png must have 5x4 pixels"):
+        record = {"file_name": str(tmp_path / "plain.png"), "width": 5, "height": 4}
+        dataset_mapper.read_image(record, image_format)

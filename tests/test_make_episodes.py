@@ -135,7 +135,11 @@ def test_tool_ends_with_one_line_on_bad_input(own_json, tmp_path, arguments, wor
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--json", "x"], ["--runs", "0"], ["--side", "old"], ["--fixed-supports", "--ways", "5"]],
+    [
+        *(["--json", "x"], ["--runs", "0"], ["--side", "old"], ["--fixed-supports", "--ways", "5"]),
+        *(["--runs", "2", "--tuples", "9"], ["--episodes", "7"], ["--max-boxes", "3"]),
+        *(["--ways", "2", "--tuples", "9"], ["--no-foreign-images", "--ways", "5"]),
+    ],
 )
 def test_tool_refuses_bad_options(tmp_path, arguments, capsys):
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Every system finds and learns on a GPU and in half precision what it does on a CPU in full precision."""
+"""Every system finds on a GPU and in half precision what it finds on a CPU in full; its gradients fit float16."""
 
 import numpy as np
 import pytest
@@ -46,9 +46,10 @@ def test_finds_what_a_cpu_finds_in_full_precision(system, device, precision, rng
     predictor = FewShotPredictor(cfg, device=device, precision=precision)
     predictor.model.load_state_dict(reference.model.state_dict())
     found = []
-    for finder in (reference, predictor):
-        finder.set_support(support_set)
-        found.append(finder.predict(image))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for finder in (reference, predictor):
+            finder.set_support(support_set)
+            found.append(finder.predict(image))
     full, half = found
     overlaps = pairwise_iou(full.pred_boxes, half.pred_boxes)
     overlaps[full.pred_classes[:, None] != half.pred_classes] = 0
@@ -58,7 +59,9 @@ def test_finds_what_a_cpu_finds_in_full_precision(system, device, precision, rng
     assert half.scores.dtype == half.pred_boxes.tensor.dtype == torch.float32
     assert len(full) == len(half) > 20
     assert full.scores.std() > 0.005, "scores that are all alike would show nothing"
-    assert 0 < difference.max() <= 0.1 and difference.mean() <= 0.02
+    largest, mean = (0.01, 0.001) if precision == "fp32" else (0.1, 0.02)
+    assert difference.max() <= largest and difference.mean() <= mean
+    assert difference.max() > 0 or precision == "fp32", "half precision must make a difference"
 
 
 def keep_sizes(predictor, support_set, image):

@@ -57,18 +57,39 @@ def test_highest_mean_is_copied_and_of_equal_ones_the_earliest(tmp_path, monkeyp
     assert cfg.TEST.EXPECTED_RESULTS and cfg.FEWSHOT.TEST.BASELINES
 
 
-def test_undefined_numbers_do_not_count(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("metric", "match"),
+    [
+        ("AP", r"AP must be defined.* got \[nan, nan\]"),
+        ("mAP", r"one of \['AP', 'AP50', 'x'\], got 'mAP'"),
+    ],
+)
+def test_undefined_and_unknown_numbers(metric, match, tmp_path, monkeypatch):
     assert selection.mean_metric({"a": {"AP": float("nan")}, "b": {"AP": 3.0}}, "AP") == 3.0
     write_checkpoints(tmp_path, {"model_final": 9})
     scripted(monkeypatch, {"model_final": float("nan")})
-    with pytest.raises(ValueError, match=r"metric must be one of \['AP', 'AP50', 'x'\].*got 'AP'"):
-        select_checkpoint(tiny_config("OUTPUT_DIR", str(tmp_path / "out")), tmp_path, "AP")
+    with pytest.raises(ValueError, match=match):
+        select_checkpoint(tiny_config("OUTPUT_DIR", str(tmp_path / "out")), tmp_path, metric)
     assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_choice_on_what_the_run_tests_is_warned_of(tmp_path, monkeypatch, caplog):
+    write_checkpoints(tmp_path, {"model_final": 9})
+    scripted(monkeypatch, {"model_final": 1.0})
+    for tested, warned in (("another", False), (NAME, True)):
+        (tmp_path / "config.yaml").write_text(tiny_config("DATASETS.TEST", (tested,)).dump())
+        cfg = tiny_config(*DATA, "OUTPUT_DIR", str(tmp_path / "out"))
+        caplog.clear()
+        select_checkpoint(cfg, tmp_path, "AP")
+        assert ("will be too good" in caplog.text) is warned
 
 
 def test_no_checkpoint_or_one_of_no_run(tmp_path):
     cfg = tiny_config("OUTPUT_DIR", str(tmp_path / "out"))
     with pytest.raises(ValueError, match="must have checkpoints model_"):
+        select_checkpoint(cfg, tmp_path, "AP")
+    (tmp_path / "model_final.pth").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"model_final\.pth must be a readable checkpoint"):
         select_checkpoint(cfg, tmp_path, "AP")
     torch.save({"model": {}}, tmp_path / "model_final.pth")
     with pytest.raises(
@@ -87,11 +108,11 @@ def test_tool_evaluates_a_trained_run_and_leaves_its_config(tmp_path, monkeypatc
         untested = ("DATASETS.TEST", (), "TEST.EXPECTED_RESULTS", [], "SOLVER.IMS_PER_BATCH", 1)
         cfg = tiny_config(*options, *untested)
         EpisodicTrainer(cfg).train()
-        (run / "config.yaml").write_text("the run's own")
+        (run / "config.yaml").write_text(cfg.dump())
         arguments = ["--metric", "AP50", "--config-file", str(TINY), *TINY_OVERRIDES, *options]
         monkeypatch.setattr(sys, "argv", ["select_checkpoint.py", *map(str, arguments)])
         runpy.run_path(str(ROOT / "tools/select_checkpoint.py"), run_name="__main__")
-    assert (run / "config.yaml").read_text() == "the run's own"
+    assert (run / "config.yaml").read_text() == cfg.dump()
     with (run / "selection/checkpoints.csv").open() as file:
         (_, metric), *rows = csv.reader(file)
     assert metric == "AP50" and [iteration for iteration, _ in rows] == ["1", "2"]

@@ -188,6 +188,7 @@ def test_an_empty_list_among_others_is_found_nothing_for(folder, tmp_path):
         (("FEWSHOT.SELF_PACED.RANK_LISTS", ""), "RANK_LISTS a file, got 'rank_lists' and ''"),
         (("FEWSHOT.SELF_PACED.THRESHOLDS", (0.99, 89.0)), r"THRESHOLDS must be in \[0, 1\]"),
         (("FEWSHOT.SELF_PACED.BOXES_PER_IMAGE", 0), "BOXES_PER_IMAGE at least 1"),
+        (("FEWSHOT.SELF_PACED.MAX_ITER", 0), "SELF_PACED.MAX_ITER must be at least 1"),
         (
             ("SOLVER.MAX_ITER", 0, "MODEL.WEIGHTS", "x.pth"),
             "MAX_ITER must be .* none, got 0, 'x.pth'",

@@ -174,18 +174,6 @@ def test_entry_with_a_wrong_bit_is_the_same_or_broken():
     assert num_broken > len(whole)
 
 
-def test_precompute_skips_what_exists(tmp_path, image_path, calls):
-    other = tmp_path / "other.png"
-    Image.new("RGB", (8, 8)).save(other)
-    cache = SuperpixelCache(tmp_path / "cache")
-    cache(image_path)
-    assert cache.precompute([image_path, other, str(other)]) == 1
-    assert cache.precompute([image_path, other]) == 0
-    assert len(calls) == 2
-    cache(other)
-    assert len(calls) == 2
-
-
 def test_writers_of_one_entry_do_not_disturb_each_other(tmp_path, image_path, calls):
     caches = [SuperpixelCache(tmp_path / "cache") for _ in range(16)]
     with ThreadPoolExecutor(8) as pool:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from factories import ROOT, TINY, TINY_OVERRIDES, tiny_config, tiny_model, write
 from fewshot_d2.data.coco_json import register_instances
 from fewshot_d2.engine import EpisodicTrainer, evaluate
 from fewshot_d2.engine.evaluate import evaluation_plans
+from fewshot_d2.engine.hooks import SeedEachStep
+from fewshot_d2.engine.pretrain import pretrain_detector
 from fewshot_d2.engine.solver import build_optimizer, clip_global_norm
 from fewshot_d2.engine.trainer import _is_blind
 
@@ -275,3 +278,19 @@ def test_frozen_layers_without_weights_are_warned_of(backbone, options, expected
     start = ("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.TORCHVISION.NORM", "BN", "MODEL.TIMM.NORM", "BN")
     cfg = tiny_config("MODEL.BACKBONE.NAME", backbone, "MODEL.WEIGHTS", "", *start, *options)
     assert _is_blind(cfg) is expected
+
+
+def test_large_seeds_are_seeds_of_torch():
+    """torch takes 64 bits; steps of neighbouring seeds stay apart."""
+    states = set()
+    for seed in (0, 1, 20240101, 2**40):
+        hook = SeedEachStep(seed)
+        for hook.trainer in (SimpleNamespace(iter=0), SimpleNamespace(iter=7)):
+            hook.before_step()
+            states.add(torch.initial_seed())
+    assert states >= {0, 7, 2**40, 2**40 + 7} and len(states) == 6
+
+
+def test_pretraining_of_what_has_no_objects_is_refused():
+    with pytest.raises(ValueError, match=r"PRETRAIN\.MAX_ITER must be 0 .* got 5 for object"):
+        pretrain_detector(tiny_config(*PRETRAINED), tiny_model(), object())

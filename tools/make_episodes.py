@@ -28,6 +28,16 @@ from fewshot_d2.data.plans import PROTOCOLS, EvaluationPlan
 from fewshot_d2.data.splits import SIDES
 from fewshot_d2.data.tuple_plans import TuplePlan, build_tuple_plans
 
+# Options that plans of one kind alone have.
+_ONLY = {
+    **dict.fromkeys(
+        ("runs", "protocol", "max_images", "fixed_supports", "no_foreign_images"),
+        "without --ways and --tuples",
+    ),
+    **dict.fromkeys(("queries_per_class", "episodes"), "with --ways"),
+    **dict.fromkeys(("no_difficult", "min_area", "max_boxes"), "with --tuples"),
+}
+
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
@@ -53,6 +63,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="the same supports in all episodes of a plan; --support-dataset must share no image",
     )
+    parser.add_argument(
+        "--no-foreign-images",
+        action="store_true",
+        help="with --protocol open: leave out images that hold other classes alone",
+    )
     parser.add_argument("--ways", type=int, help="classes an episode: write benchmark plans")
     parser.add_argument("--queries-per-class", type=int, default=10, help="with --ways")
     parser.add_argument("--episodes", type=int, default=500, help="with --ways")
@@ -66,10 +81,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.json is None) != (args.images is None):
         parser.error("--json and --images must be given together")
-    if args.ways is not None and args.fixed_supports:
-        parser.error("--fixed-supports is for plans without --ways, whose episodes are draws")
-    if args.tuples is not None and (args.ways is not None or args.fixed_supports):
-        parser.error("--tuples are of one class: --ways and --fixed-supports must be left out")
+    if args.tuples is not None and args.ways is not None:
+        parser.error("--tuples are of one class: --ways must be left out")
+    kind = "with --ways" if args.ways is not None else "without --ways and --tuples"
+    kind = "with --tuples" if args.tuples is not None else kind
+    for name, of_kind in _ONLY.items():
+        if of_kind != kind and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for plans {of_kind}")
     if args.seed is None:
         args.seed = 0 if args.ways is None and args.tuples is None else 9001
     if args.runs < 1:
@@ -115,6 +133,7 @@ def _evaluation_plans(args: argparse.Namespace) -> list[EvaluationPlan]:
             shots=shots,
             max_images=args.max_images,
             fixed_supports=args.fixed_supports,
+            foreign_images=not args.no_foreign_images,
         )
     ]
 

@@ -135,9 +135,14 @@ class ClassBatchLoader(EpisodicTrainLoader):
         """Look up the images of FEWSHOT.CLASSIFY.TRAIN; nothing is read yet.
 
         Raises:
-            ValueError: the number of classes or the batch size does not fit.
+            ValueError: the number of classes or the batch size does not fit, or there is a split.
         """
         node, images = cfg.FEWSHOT.CLASSIFY, classified_images(cfg.FEWSHOT.CLASSIFY.TRAIN)
+        if cfg.FEWSHOT.SPLIT != "all":
+            raise ValueError(
+                "FEWSHOT.SPLIT must be 'all' for a classifier, which is trained on all classes of "
+                f"FEWSHOT.CLASSIFY.TRAIN, got {cfg.FEWSHOT.SPLIT!r}"
+            )
         balanced = node.CLASSES_PER_BATCH * node.EXAMPLES_PER_CLASS
         if cfg.SOLVER.IMS_PER_BATCH % balanced:
             raise ValueError(

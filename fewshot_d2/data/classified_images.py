@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
+from ..decoding import IMAGE_SUFFIXES
 from ..files import dataset_path
 from .coco_json import dataset_categories
 from .dataset_mapper import read_image
@@ -23,7 +24,6 @@ from .loaders import build_index
 # () -> uint8 (H, W, 3), RGB. What makes one must be importable, because workers may be spawned.
 Read = Callable[[], np.ndarray]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _OMNIGLOT = re.compile(r"omniglot:(\d+)-(\d+):(\d+)-(\d+)")
 
 

@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.registry import Registry
 from pycocotools import mask as coco_mask
 
+from ..decoding import read_rgb
 from ..structures import Support, SupportSet
 from ..support_augmentation import SupportAugmentation, mirrored
 from ..transforms import ResizeByRule, SupportCrop
@@ -241,20 +242,19 @@ def _as_rle(segmentation: list | dict, record: dict) -> dict:
 
 
 def read_image(record: dict, image_format: str) -> np.ndarray:
-    """Read a dataset dict's image, uint8 (H, W, 3).
+    """Read a dataset dict's image, uint8 (H, W, 3), as ``find`` reads pictures; "RGB" or "BGR".
 
     Raises:
-        ValueError: missing, truncated or of another size than annotated; names the file.
+        ValueError: missing, broken, too large (see ``decoding``) or of another size than annotated; names the file.
     """
+    pixels = read_rgb(record["file_name"])
     try:
-        pixels = detection_utils.read_image(record["file_name"], format=image_format)
         detection_utils.check_image_size(dict(record), pixels)
-    except (OSError, SyntaxError, detection_utils.SizeMismatchError) as error:
+    except detection_utils.SizeMismatchError as error:
         raise ValueError(
-            f"{record['file_name']} must be a readable image of "
-            f"{record.get('width', '?')}x{record.get('height', '?')} pixels, got: {error}"
+            f"{record['file_name']} must have {record['width']}x{record['height']} pixels as annotated, got: {error}"
         ) from error
-    return np.ascontiguousarray(pixels)
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if image_format == "BGR" else pixels
 
 
 def outline(annotation: dict) -> list | dict:

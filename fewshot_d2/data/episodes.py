@@ -78,7 +78,7 @@ class EpisodeFactory:
         class_ids: tuple[int, ...],
         supports: list[list[tuple[int, int]]],
         *,
-        key: tuple[int, int],
+        key: tuple[int, ...],
         episode_id: int,
     ) -> Episode:
         """Look up the dicts of (image index, annotation position) pairs."""

@@ -28,7 +28,13 @@ from .pool_episodes import PoolEpisodes
 from .pseudo_labels import PseudoLabels
 from .rank_lists import RankLists
 from .sample_pool import SamplePool
-from .splits import classes_of_side, images_without, restrict_to_classes, split_of
+from .splits import (
+    check_same_classes,
+    classes_of_side,
+    images_without,
+    restrict_to_classes,
+    split_of,
+)
 from .tuples import TrainingTuples
 
 logger = logging.getLogger(__name__)
@@ -57,7 +63,7 @@ def build_index(
     hidden = {i for c, i in contiguous.items() if c in hidden_ids}
     dicts = ground_truth(images_without(dicts, hidden))
     if class_ids is not None:
-        dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids})
+        dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids if c in contiguous})
     return InstanceIndex(dicts, {i: c for c, i in contiguous.items()})
 
 
@@ -71,18 +77,20 @@ def build_factory(
     """Indices of queries and supports (see ``build_index``); one object where the two data sets are one.
 
     Raises:
-        ValueError: the two data sets do not share their category ids.
+        ValueError: the two data sets do not share their category ids, or mean other classes by them.
     """
     query_index = build_index(dataset, class_ids, ground_truth, hidden_ids)
     names = dataset_categories(dataset)
     support_index = query_index
     if support_dataset and support_dataset != dataset:
         support_index = build_index(support_dataset, class_ids, ground_truth, hidden_ids)
-        unknown = set(support_index.class_ids) - set(names)
-        if unknown:
+        # Classes go by their ids: under another name a novel one could be among the base classes' examples.
+        own = dataset_categories(support_dataset)
+        foreign = [c for c in support_index.class_ids if names.get(c) != own[c]]
+        if foreign:
             raise ValueError(
-                f"support data set {support_dataset} must have category ids of {dataset}, "
-                f"got others: {sorted(unknown)[:5]}"
+                f"support data set {support_dataset} must have category ids and names of {dataset}, got "
+                + ", ".join(f"{c}: {own[c]!r} for {names.get(c)!r}" for c in foreign[:5])
             )
     return EpisodeFactory(
         query_index, support_index, names=names, contiguous_ids=contiguous_ids(dataset)
@@ -151,7 +159,7 @@ def build_training_episodes(
         raise ValueError(f"DATASETS.TRAIN must be one name, got {cfg.DATASETS.TRAIN}")
     dataset = cfg.DATASETS.TRAIN[0]
     if cfg.FEWSHOT.SPLIT != "all":
-        _check_same_classes(dataset, cfg.DATASETS.TEST)
+        check_same_classes(dataset, cfg.DATASETS.TEST)
     split = split_of(dataset, cfg.FEWSHOT.SPLIT)
     ground_truth = GroundTruthFilter.from_cfg(cfg)
     hidden = split.novel if cfg.FEWSHOT.EXCLUDE_NOVEL_IMAGES else ()
@@ -241,16 +249,6 @@ def _check_num_classes(cfg: CfgNode, actual: int) -> None:
             f"MODEL.ROI_HEADS.NUM_CLASSES must be the {actual} base classes that have instances in "
             f"{cfg.DATASETS.TRAIN[0]}, got {cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
         )
-
-
-def _check_same_classes(train: str, tests: Iterable[str]) -> None:
-    """A split such as "every_4th:1" means other classes where the categories are others."""
-    for test in tests:
-        if test != train and dataset_categories(test) != dataset_categories(train):
-            raise ValueError(
-                f"a split needs the same categories for training and testing, got {len(dataset_categories(train))} "
-                f"in {train} and {len(dataset_categories(test))} others in {test}"
-            )
 
 
 def build_mapper(cfg: CfgNode, *, is_train: bool) -> Any:

@@ -4,7 +4,6 @@ The hash is that of the content, not of the file's layout: the same seed gives t
 dataset category and annotation ids are those of the json files.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..files import canonical_sha256, write_json
 from .index import InstanceIndex
+from .typed_json import load_document
 
 T = TypeVar("T", bound="PlanFile")
 E = TypeVar("E")
@@ -62,11 +62,14 @@ class PlanFile:
         Raises:
             ValueError: the file is no such plan; the message names the file and what is wrong in it.
         """
-        try:
-            return cls._from_content(json.loads(Path(path).read_bytes()))
-        except ValueError as error:
-            kind = f"an {cls.KIND}" if cls.KIND[0] in "aeiou" else f"a {cls.KIND}"
-            raise ValueError(f"{path} must be {kind} plan, got: {error}") from error
+        article = "an" if cls.KIND[0] in "aeiou" else "a"
+        return load_document(
+            path,
+            cls._from_content,
+            kind=f"{article} {cls.KIND} plan",
+            format=cls._format(),
+            version=cls.VERSION,
+        )
 
     def check_classes(self) -> None:
         """Raise a ``ValueError`` unless class and episode ids are unique and episodes have classes of the plan."""
@@ -131,14 +134,8 @@ class PlanFile:
         return {"format": self._format(), "version": self.VERSION, **body}
 
     @classmethod
-    def _from_content(cls: type[T], content: Any) -> T:
-        header = content if isinstance(content, dict) else {}
-        if header.get("format") != cls._format() or header.get("version") != cls.VERSION:
-            raise ValueError(
-                f"format must be {cls._format()} version {cls.VERSION}, got "
-                f"{header.get('format')!r} version {header.get('version')!r}"
-            )
-        body = {key: value for key, value in header.items() if key not in ("format", "version")}
+    def _from_content(cls: type[T], content: Mapping[str, Any]) -> T:
+        body = {key: value for key, value in content.items() if key not in ("format", "version")}
         _check_keys(cls, body)
         if not isinstance(body["episodes"], list):
             raise ValueError(f"episodes must be a list, got {type(body['episodes']).__name__}")

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .classified_images import IMAGE_SUFFIXES
+from ..decoding import IMAGE_SUFFIXES
 from .index import InstanceIndex
 from .plans import EvaluationPlan
 from .rank_lists import RankList

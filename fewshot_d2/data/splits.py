@@ -97,6 +97,20 @@ def classes_of_side(name: str, spec: str, side: str) -> tuple[int, ...]:
     return getattr(split_of(name, spec), side)
 
 
+def check_same_classes(train: str, tests: Iterable[str]) -> None:
+    """A split such as "every_4th:1" means other classes where the categories are others.
+
+    Raises:
+        ValueError: a data set of ``tests`` has other categories than ``train``; names both.
+    """
+    for test in tests:
+        if test != train and dataset_categories(test) != dataset_categories(train):
+            raise ValueError(
+                f"a split needs the same categories for training and testing, got {len(dataset_categories(train))} "
+                f"in {train} and {len(dataset_categories(test))} others in {test}"
+            )
+
+
 def restrict_to_classes(
     dicts: Iterable[DatasetDict], contiguous_ids: Collection[int]
 ) -> list[DatasetDict]:
@@ -171,7 +185,8 @@ class _Classes:
 def _read_split(path: Path, classes: _Classes) -> ClassSplit:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    # Python's JSON reader gives up on thousands of brackets with an error of its own.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a JSON file with a list 'novel', got: {error}") from error
     if (
         not isinstance(content, dict)

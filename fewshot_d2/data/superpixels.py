@@ -9,17 +9,15 @@ import io
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from ..decoding import read_rgb
 from ..files import canonical_sha256, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -71,9 +69,9 @@ class SuperpixelCache:
         self._parameters = canonical_sha256(parameters).encode("ascii")
 
     def __call__(self, path: str | Path) -> np.ndarray:
-        """Superpixels of the image file ``path`` as ``read_image`` of detectron2 gives it.
+        """Superpixels of the image file ``path`` as ``read_rgb`` gives it.
 
-        Like ``read_image``, which the mappers read with, this turns the image as its EXIF orientation says.
+        Like the mappers, which read with it, this turns the image as its EXIF orientation says.
 
         Returns:
             int32[h, w]: labels 0 ... n - 1 of the reduced image.
@@ -97,19 +95,8 @@ class SuperpixelCache:
             digest = hashlib.sha256(self._parameters + file.read())
         return self.folder / f"{digest.hexdigest()}.npz"
 
-    def precompute(self, paths: Iterable[str | Path]) -> int:
-        """Compute what has no entry yet, with a progress bar; returns how many those were."""
-        num_computed = 0
-        # Once a path: hashing a file again costs more than remembering its name.
-        for path in tqdm(dict.fromkeys(map(str, paths)), desc="superpixels", unit="img"):
-            entry = self.entry(path)
-            if not entry.exists():
-                self._compute(path, entry)
-                num_computed += 1
-        return num_computed
-
     def _compute(self, path: str | Path, entry: Path) -> np.ndarray:
-        image = _reduced(read_image(str(path), "RGB"), self.short_side)
+        image = _reduced(read_rgb(path), self.short_side)
         labels = felzenszwalb_labels(
             image, scale=self.scale, sigma=self.sigma, min_size=self.min_size
         )

@@ -36,7 +36,10 @@ def load_document(
         content = json.loads(Path(path).read_bytes())
         header = content if isinstance(content, dict) else {}
         if header.get("format") != format or header.get("version") != version:
-            raise ValueError(f"format must be {format} version {version}")
+            raise ValueError(
+                f"format must be {format} version {version}, got {header.get('format')!r} version "
+                f"{header.get('version')!r}"
+            )
         return parse(header)
     # Python's JSON reader gives up on thousands of brackets with an error of its own.
     except (ValueError, RecursionError) as error:

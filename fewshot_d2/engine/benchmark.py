@@ -28,7 +28,7 @@ from ..visualization import episode_panel
 from .episode_pictures import explanation_panels
 from .episode_runner import EpisodeRunner, Found
 from .finetune import FineTuning
-from .plans import checked_plan, save_plans, support_datasets, write_results
+from .plans import check_tested_classes, checked_plan, save_plans, support_datasets, write_results
 from .solver import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def evaluate_benchmark(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
 
 def benchmark_plans(cfg: CfgNode) -> list[BenchmarkPlan]:
     """The plans of FEWSHOT.BENCHMARK.PLANS, or new ones, one for each number of shots, saved in OUTPUT_DIR/plans."""
+    check_tested_classes(cfg)
     node = cfg.FEWSHOT.BENCHMARK
     if node.PLANS:
         kind = TuplePlan if node.SUPPORTS == "images" else BenchmarkPlan

@@ -8,7 +8,6 @@ from detectron2.engine import HookBase
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data.class_batches import ClassBatchLoader, build_classification_test_loader
 from ..evaluation.classification import TopOneEvaluator
@@ -16,6 +15,7 @@ from ..files import atomic_path
 from ..visualization.embedding import tsne_figure
 from .hooks import TrainingPictures
 from .plans import write_results
+from .solver import unwrapped
 from .trainer import EpisodicTrainer
 
 _DRAWN_CLASSES = 20
@@ -85,7 +85,7 @@ def evaluate_classifier(
     write_results(cfg, results)
     print_csv_format(results)
     if len(evaluator.labels):
-        classifier = model.module if isinstance(model, DistributedDataParallel) else model
+        classifier = unwrapped(model)
         figure = tsne_figure(
             evaluator.embeddings.numpy(),
             evaluator.labels.numpy(),

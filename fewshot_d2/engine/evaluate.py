@@ -36,7 +36,7 @@ from ..modeling.detector import FewShotDetector
 from ..structures import SupportFeatures
 from .benchmark import evaluate_benchmark
 from .episode_pictures import PairExplainer
-from .plans import checked_plan, save_plans, support_datasets, write_results
+from .plans import check_tested_classes, checked_plan, save_plans, support_datasets, write_results
 from .solver import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -193,6 +193,7 @@ def summarize(rows: Sequence[ReportRow]) -> dict[str, Any]:
 
 def evaluation_plans(cfg: CfgNode) -> list[EvaluationPlan]:
     """The plans of FEWSHOT.TEST.PLANS, or new ones that are saved below OUTPUT_DIR/plans."""
+    check_tested_classes(cfg)
     if cfg.FEWSHOT.TEST.PLANS:
         return [
             checked_plan(cfg, path, EvaluationPlan.load(path)) for path in cfg.FEWSHOT.TEST.PLANS

@@ -24,8 +24,8 @@ class SeedEachStep(HookBase):
     def before_step(self) -> None:
         """Seed all generators of torch."""
         step = self.trainer.iter * comm.get_world_size() + comm.get_rank()
-        # Steps of different seeds must not meet: 2**40 is more steps than any run has.
-        torch.manual_seed(self.seed * 2**40 + step)
+        # Steps of different seeds must not meet: 2**40 is more steps than any run has. torch takes 64 bits.
+        torch.manual_seed((self.seed * 2**40 + step) % 2**64)
 
 
 class HeadsOnlyWarmup(HookBase):

@@ -1,17 +1,21 @@
 """Plans of a config, of either kind: where they come from, whether they fit it, where they and results are written."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..data.benchmark_plans import BenchmarkPlan
 from ..data.plans import EvaluationPlan
-from ..data.splits import classes_of_side
+from ..data.splits import check_same_classes, classes_of_side
 from ..files import write_json
+
+logger = logging.getLogger(__name__)
 
 Plan = TypeVar("Plan", EvaluationPlan, BenchmarkPlan)
 
@@ -29,6 +33,24 @@ def checked_plan(cfg: CfgNode, path: str, plan: Plan) -> Plan:
             f"{path} must have {plan.side} classes only, got also {sorted(foreign)[:5]}"
         )
     return plan
+
+
+def check_tested_classes(cfg: CfgNode) -> None:
+    """Raise a ``ValueError`` where FEWSHOT.SPLIT would call classes novel that training has seen under another number.
+
+    Annotations of training that are not there leave it open, which a warning says.
+    """
+    if cfg.FEWSHOT.SPLIT == "all":
+        return
+    for name in cfg.DATASETS.TRAIN:
+        file = MetadataCatalog.get(name).get("json_file")
+        if name in DatasetCatalog.list() and (file is None or Path(file).exists()):
+            check_same_classes(name, cfg.DATASETS.TEST)
+        else:
+            logger.warning(
+                "Annotations of %s are not here: whether split %r means the same classes in them is not known",
+                *(name, cfg.FEWSHOT.SPLIT),
+            )
 
 
 def support_datasets(cfg: CfgNode) -> Sequence[str]:

@@ -153,7 +153,16 @@ def pretrain_detector(cfg: CfgNode, model: FewShotDetector, episodes: TrainingEp
     The twin has living batch norms; in ``model`` they may be frozen, and then supports and queries, whose statistics
     differ, pass through the same function. Base classes only: objects come out of the training episodes. In several
     processes each compares its own, so the result depends on their number.
+
+    Raises:
+        ValueError: there is no episode of a data set's objects, as in classification and self-paced training, or too
+            few classes.
     """
+    if not hasattr(episodes, "factory"):
+        raise ValueError(
+            "FEWSHOT.PRETRAIN.MAX_ITER must be 0 for training on what is not made of a data set's objects, got "
+            f"{cfg.FEWSHOT.PRETRAIN.MAX_ITER} for {type(episodes).__name__}"
+        )
     schedule = pretraining_config(cfg)
     iterations = schedule.SOLVER.MAX_ITER
     logger.info("Pre-training on %s, %d steps", cfg.FEWSHOT.PRETRAIN.TASK, iterations)

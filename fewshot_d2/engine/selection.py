@@ -7,12 +7,12 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from ..checkpoint import read_checkpoint
+from ..config import load_config
 from ..files import atomic_path, write_bytes, write_text
 from ..visualization import plot_by_number
 from .evaluate import evaluate_only
@@ -39,6 +39,7 @@ def select_checkpoint(cfg: CfgNode, folder: str | Path, metric: str) -> Path | N
         ValueError: no checkpoint, one of no training run, or no result with that number.
     """
     folder, paths, values = Path(folder), checkpoints_of(Path(folder)), {}
+    _warn_of_tested(cfg, folder / "config.yaml")
     for iteration, path in paths.items():
         results = evaluate_only(_evaluation_of(cfg, path))
         if comm.is_main_process():
@@ -59,7 +60,7 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     paths = {}
     for path in sorted(folder.glob("model_*.pth")):
         if path.name != BEST:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = read_checkpoint(str(path))
             if "iteration" not in content:
                 raise ValueError(f"{path} must be a checkpoint of a training run, got no iteration")
             paths[content["iteration"]] = path
@@ -70,15 +71,28 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
 
 def mean_metric(results: Mapping[str, Mapping[str, float]], metric: str) -> float:
     """Mean of a number over the results that have it; what is undefined, NaN, does not count."""
-    values = [m[metric] for m in results.values() if math.isfinite(m.get(metric, math.nan))]
+    values = [metrics[metric] for metrics in results.values() if metric in metrics]
     if not values:
         known = sorted({name for metrics in results.values() for name in metrics})
         raise ValueError(f"metric must be one of {known}, got {metric!r}")
-    return sum(values) / len(values)
+    defined = [value for value in values if math.isfinite(value)]
+    if not defined:
+        raise ValueError(f"{metric} must be defined on the data of the choice, got {values}")
+    return sum(defined) / len(defined)
+
+
+def _warn_of_tested(cfg: CfgNode, run: Path) -> None:
+    """Say so if the data of the choice are those that the run itself is tested on."""
+    tested = set(load_config(str(run)).DATASETS.TEST) if run.is_file() else set()
+    if tested & set(cfg.DATASETS.TEST):
+        logger.warning(
+            "The best checkpoint is chosen on %s, which %s tests: its results there will be too good",
+            *(sorted(tested & set(cfg.DATASETS.TEST)), run),
+        )
 
 
 def _evaluation_of(cfg: CfgNode, path: Path) -> CfgNode:
-    """The config of one checkpoint's evaluation, in a folder of its own; baselines are alike for all."""
+    """The config of one checkpoint's evaluation, in a folder of its own; without baselines."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list(
@@ -92,7 +106,7 @@ def _evaluation_of(cfg: CfgNode, path: Path) -> CfgNode:
 
 
 def _write_numbers(folder: Path, values: Mapping[int, float], metric: str) -> None:
-    table: Any = io.StringIO()
+    table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("iteration", metric), *values.items()])
     write_text(folder / "checkpoints.csv", table.getvalue())
     curve = {iteration: (value, math.nan) for iteration, value in values.items()}

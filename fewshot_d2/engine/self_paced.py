@@ -76,6 +76,10 @@ def _check_config(cfg: CfgNode) -> None:
             "FEWSHOT.SELF_PACED.THRESHOLDS must be in [0, 1] and BOXES_PER_IMAGE at least 1, got "
             f"{node.THRESHOLDS} and {node.BOXES_PER_IMAGE}"
         )
+    if node.THRESHOLDS and node.MAX_ITER < 1:
+        raise ValueError(
+            f"FEWSHOT.SELF_PACED.MAX_ITER must be at least 1 where THRESHOLDS give stages, got {node.MAX_ITER}"
+        )
     if cfg.SOLVER.MAX_ITER < 1 and (node.THRESHOLDS or not cfg.MODEL.WEIGHTS):
         raise ValueError(
             "SOLVER.MAX_ITER must be at least 1 unless MODEL.WEIGHTS are given and THRESHOLDS are none, got "

@@ -108,10 +108,10 @@ def _is_blind(cfg: CfgNode) -> bool:
     """Whether norms or layers of the backbone are frozen without weights or pre-training that would fill them."""
     if cfg.MODEL.WEIGHTS or cfg.FEWSHOT.PRETRAIN.MAX_ITER:
         return False
-    backbone, is_frozen = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    backbone, freeze_at = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT
     if "timm" in backbone:  # does not know FREEZE_AT
         return not cfg.MODEL.TIMM.WEIGHTS and cfg.MODEL.TIMM.NORM == "FrozenBN"
     if "torchvision" in backbone:
         node = cfg.MODEL.TORCHVISION
-        return not node.WEIGHTS and (is_frozen or node.NORM == "FrozenBN")
-    return "resnet" in backbone and (is_frozen or cfg.MODEL.RESNETS.NORM == "FrozenBN")
+        return not node.WEIGHTS and (freeze_at > 1 or node.NORM == "FrozenBN")
+    return "resnet" in backbone and (freeze_at > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN")

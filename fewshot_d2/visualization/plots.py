@@ -13,6 +13,7 @@ _GRAY = "#666666"
 # Most readable first on white: blue, vermillion, green, orange, purple, sky blue.
 _LINES = [tuple(v / 255 for v in CLASS_COLORS[i]) for i in (6, 5, 2, 1, 4, 0)]
 _STYLES = ("-", "--", "-.", ":")
+_MAX_TICKS = 8
 
 
 def plot_precision_recall(curves: Mapping[str, np.ndarray], title: str = "") -> bytes:
@@ -70,10 +71,11 @@ def plot_by_number(
     numbers = sorted({n for series in values.values() for n in series})
     for i, (name, series) in enumerate(values.items()):
         places = [numbers.index(n) for n in series]
-        means, widths = zip(*series.values(), strict=True)
-        widths = np.nan_to_num(widths)
-        axes.errorbar(places, means, widths, marker="o", capsize=4, label=name, **_line(i))
-    axes.set_xticks(range(len(numbers)), numbers)
+        means, widths = np.array(list(series.values())).T
+        bars = None if np.isnan(widths).all() else np.nan_to_num(widths)
+        axes.errorbar(places, means, bars, marker="o", capsize=4, label=name, **_line(i))
+    step = -(-len(numbers) // _MAX_TICKS)
+    axes.set_xticks(range(0, len(numbers), step), numbers[::step])
     axes.set_xlim(-0.3, len(numbers) - 0.7)
     axes.set_ylim(bottom=0)
     _legend(figure, axes, len(values))

@@ -5,7 +5,6 @@ classify ImageNet has seen all of them.
 """
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,6 @@ SETS = ("train101", "test214")
 def class_list(which: str) -> list[str]:
     """WordNet ids of one of ``SETS``."""
     return (Path(__file__).parent / f"imagenet_loc_{which}.txt").read_text().split()
-
-
-def class_list_sha256(which: str) -> str:
-    """Of the sorted ids, one a line, as the spec gives it."""
-    return hashlib.sha256("\n".join(sorted(class_list(which))).encode()).hexdigest()
 
 
 def register_imagenet_loc(root: str | Path) -> None:
