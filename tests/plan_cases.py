@@ -8,7 +8,7 @@ from fewshot_d2.data.plans import make_plan
 DATASET_IDS = {0: 3, 1: 7, 2: 20, 3: 21}
 
 
-def make_index(num_images=12, first_id=0, num_classes=3):
+def make_index(num_images=12, first_id=0, num_classes=3, folder=""):
     """Images with up to four instances; class 21 has none. Written with arithmetic, not a generator."""
     dicts, number = [], first_id
     for i in range(num_images):
@@ -24,7 +24,7 @@ def make_index(num_images=12, first_id=0, num_classes=3):
                     "iscrowd": int((i + k) % 6 == 5),
                 }
             )
-        image = {"file_name": f"{i}.jpg", "height": 9, "width": 9, "image_id": 1000 + 3 * i}
+        image = {"file_name": f"{folder}{i}.jpg", "height": 9, "width": 9, "image_id": 1000 + 3 * i}
         dicts.append({**image, "annotations": annotations})
     return InstanceIndex(dicts, DATASET_IDS)
 

@@ -22,7 +22,7 @@ IDS = {k: 10 * (k + 1) for k in range(8)}
 STORED_SHA256 = "287d6c7ad46ccd1fb468a2ad285b6e0d93ea5b7e71a8aa45afc46636d43dbe8c"
 
 
-def make_index(num_images=60, first_id=0):
+def make_index(num_images=60, first_id=0, folder=""):
     """Images with one to four instances of eight classes; the last class has three images only."""
     rng, dicts = np.random.default_rng(0), []
     for i in range(num_images):
@@ -36,7 +36,7 @@ def make_index(num_images=60, first_id=0):
             }
             for n, c in enumerate(classes)
         ]
-        image = {"file_name": f"{i}.jpg", "height": 9, "width": 9, "image_id": 7 * i}
+        image = {"file_name": f"{folder}{i}.jpg", "height": 9, "width": 9, "image_id": 7 * i}
         dicts.append({**image, "annotations": annotations})
     return InstanceIndex(dicts, IDS)
 
@@ -135,7 +135,7 @@ def test_too_few_queries_are_told(caplog):
 
 
 def test_supports_of_another_data_set_leave_all_queries():
-    index, supports = make_index(), make_index(first_id=100_000)
+    index, supports = make_index(), make_index(first_id=100_000, folder="b/")
     plan = plan_of(index, supports, support_dataset="b", queries_per_class=100)
     plan.check(index, supports, "a")
     for episode in plan.episodes:

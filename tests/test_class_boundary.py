@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from factories import CATEGORIES, registered_set, set_fixture, tiny_config, write_set
 
+from fewshot_d2 import Support
+from fewshot_d2.data.benchmark_plans import build_benchmark_plans
 from fewshot_d2.data.coco_json import register_instances
-from fewshot_d2.data.loaders import build_training_episodes
+from fewshot_d2.data.loaders import build_factory, build_plans, build_training_episodes
+from fewshot_d2.data.support_pairs import SupportPairs
 from fewshot_d2.engine.benchmark import benchmark_plans
 from fewshot_d2.engine.evaluate import evaluation_plans
 
@@ -53,11 +57,12 @@ def test_missing_annotations_of_training_are_warned_of(dataset, tmp_path_factory
     folder = tmp_path_factory.mktemp("output")
     register_instances(OTHER, str(folder / "none.json"), str(folder))
     try:
-        for train in (OTHER, "nobody"):
+        # CL-COCO and the like have loaders of their own.
+        for train in (OTHER, "nobody", "cl_coco_train"):
             options = ("DATASETS.TRAIN", (train,), "OUTPUT_DIR", str(folder))
             caplog.clear()
             assert evaluation_plans(config(*options, "FEWSHOT.SPLIT", "every_4th:1"))
-            assert f"Annotations of {train} are not here" in caplog.text
+            assert f"the same classes in {train} is not known" in caplog.text
     finally:
         DatasetCatalog.remove(OTHER)
         MetadataCatalog.remove(OTHER)
@@ -87,3 +92,38 @@ def test_base_classes_without_supports_are_not_trained(dataset, tmp_path_factory
     with registered_set(OTHER, other):
         episodes = build_training_episodes(config(*options))
     assert episodes.class_ids == sorted(set(CATEGORIES) - {11, 90})
+
+
+def test_one_set_under_two_names_never_has_supports_out_of_the_query(dataset):
+    """Training, its pairs, and plans of both kinds: images are told by their files."""
+    options = ("FEWSHOT.SUPPORT.DATASET_TRAIN", OTHER, "FEWSHOT.SUPPORT.EXCLUDE_QUERY", True)
+    with registered_set(OTHER, dataset):
+        episodes = build_training_episodes(config(*options))
+        factory = build_factory(NAME, OTHER)
+        shared = {"split": "all", "sides": ("all",), "seed": 0}
+        names = {"dataset": NAME, "support_dataset": OTHER}
+        plans = build_plans(**names, **shared, runs=2, protocol="present", shots=1)
+        benchmark = {"ways": 2, "shots": [2], "queries_per_class": 9, "num_episodes": 20}
+        plans += build_benchmark_plans(**names, **shared, **benchmark)
+        with pytest.raises(ValueError, match="shares no image with the queries, got 12 of both"):
+            build_plans(**names, **shared, runs=1, protocol="open", shots=1, fixed_supports=True)
+    assert factory.query_index is not factory.support_index
+    for number in range(60):
+        episode = episodes.sample(number)
+        files = {record["file_name"] for shots in episode.supports for record, _ in shots}
+        assert episode.query["file_name"] not in files
+    taken, pairs = [], SupportPairs(episodes, 4)
+
+    def crop(index, image_index, position):
+        taken.append(index.dicts[image_index]["file_name"])
+        return Support(torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+    for number in range(30):
+        pairs.pair(number, crop)
+    assert len(taken) > 100 and all(a != b for a, b in zip(taken[::2], taken[1::2], strict=True))
+    for plan in plans:
+        for episode in plan.episodes:
+            queries = getattr(episode, "query_image_ids", None) or (episode.image_id,)
+            drawn = [factory.support_index.locate(i)[0] for ids in episode.supports for i in ids]
+            images = {factory.support_index.dicts[i]["image_id"] for i in drawn}
+            assert not images & set(queries)

@@ -1,5 +1,6 @@
 """Every command in docs/ runs, and every file in it is used, on tiny inputs in an empty folder."""
 
+import pickle
 import re
 import runpy
 import shlex
@@ -7,15 +8,17 @@ import shutil
 import sys
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
-from factories import ROOT, TINY, TINY_OVERRIDES, write_set
+from factories import ROOT, TINY, TINY_OVERRIDES, tiny_model, write_set
 from inference_cases import write_model, write_photos
+from torchvision.models import mobilenet_v2
 
 from fewshot_d2.cli.main import main
 
-# Instance search needs weights and minutes; tests/test_make_rank_lists.py, test_self_paced.py and
-# test_instance_search_docs.py run its tools and its code.
+# Instance search takes hours; tests/test_make_rank_lists.py, test_self_paced.py and test_instance_search_docs.py
+# run its tools and its code.
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "instance_search"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # A paper's model and its data are replaced; everything else runs as it is written.
@@ -50,7 +53,7 @@ def commands_of(text):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder as the pages expect it: photos, a model, the demo's output, a data set, configs and tools."""
+    """A folder as the pages expect it: photos, models, the demo's output, a data set, weights, configs and tools."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     write_photos(tmp_path / "photos", 2)
@@ -62,6 +65,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "mine/images").mkdir(parents=True)
     write_set(tmp_path / "mine/images", num_images=8)
     shutil.move("mine/images/instances.json", "mine/annotations.json")
+    write_weights(tmp_path)
     for name in ("configs", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.syspath_prepend(ROOT / "tools")
@@ -69,6 +73,15 @@ def workplace(tmp_path, monkeypatch):
     yield tmp_path
     forget_data_set()
     META_ARCH_REGISTRY._obj_map.pop("SimilarCells", None)
+
+
+def write_weights(folder):
+    """Random weights: of torchvision's MobileNetV2, and of the tiny model's backbone as a model zoo has them."""
+    (folder / "weights").mkdir()
+    torch.save(mobilenet_v2(weights=None).state_dict(), folder / "weights/mobilenet_v2.pth")
+    state = tiny_model().backbone.bottom_up.state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    (folder / "R-50.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "test"}))
 
 
 def forget_data_set():

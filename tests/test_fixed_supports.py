@@ -23,10 +23,7 @@ def supports_of(plan):
 
 def other_index(**changes):
     """Images of other files than those of ``make_index()``, under the same ids."""
-    index = make_index(first_id=800, **changes)
-    for record in index.dicts:
-        record["file_name"] = f"other/{record['file_name']}"
-    return index
+    return make_index(first_id=800, folder="other/", **changes)
 
 
 def fixed_plan(**changes):
@@ -65,7 +62,7 @@ def test_fixed_supports_of_the_queries_are_refused():
     # The same photo under another id.
     supports = other_index()
     supports.dicts[4]["file_name"] = "./3.jpg"
-    with pytest.raises(ValueError, match="got 1 of both, for example ./3.jpg"):
+    with pytest.raises(ValueError, match="got 1 of both, for example 3.jpg"):
         plan_of(make_index(), supports, support_dataset="b", fixed_supports=True)
 
 

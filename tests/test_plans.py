@@ -100,7 +100,7 @@ def test_supports_come_from_the_query_only_if_no_other_image_has_the_class(caplo
 
 
 def test_another_support_data_set_excludes_nothing():
-    index, supports = make_index(7), make_index(7, first_id=800, num_classes=2)
+    index, supports = make_index(7), make_index(7, first_id=800, num_classes=2, folder="b/")
     plan = plan_of(index, supports, support_dataset="b", protocol="open")
     assert plan.class_ids == (3, 7)
     assert min(n for e in plan.episodes for ids in e.supports for n in ids) > 800

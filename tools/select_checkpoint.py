@@ -24,5 +24,7 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     parser = default_argument_parser(__doc__)
-    parser.add_argument("--metric", default="AP", help="name of a number in results.json")
+    parser.add_argument(
+        "--metric", required=True, help="a number of results.json, e.g. AP50; SILCO's is AP_voc"
+    )
     launch_from_command_line(main, parser)

@@ -1,14 +1,14 @@
 """Episodes of RepMet's benchmark (paper 5.2, spec 3.3): m classes with n examples each, and queries that share them."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .ground_truth import KEEP_ALL, GroundTruthFilter
-from .index import InstanceIndex
+from .index import InstanceIndex, same_images
 from .loaders import plan_sources
 from .plan_files import PlanFile
 from .splits import check_side
@@ -122,9 +122,9 @@ def make_benchmark_plan(
         ValueError: an argument is out of its range, or fewer than ``ways`` classes remain.
     """
     _check_numbers(ways, shots, max_shots, queries_per_class, seed)
-    is_one_set = query_index.dicts is support_index.dicts
+    as_queries = same_images(support_index, query_index)
     wanted = sorted(set(class_ids))
-    usable = [c for c in wanted if _is_usable(query_index, support_index, c, max_shots, is_one_set)]
+    usable = [c for c in wanted if _is_usable(query_index, support_index, c, max_shots, as_queries)]
     if len(usable) < len(wanted):
         logger.warning(
             "%d of %d classes have too few boxes for %d shots and a query and are left out",
@@ -140,9 +140,8 @@ def make_benchmark_plan(
         rng = np.random.default_rng((seed, number))
         classes = _shuffled(rng, usable)[:ways]
         supports, images = _draw_supports(rng, support_index, classes, max_shots)
-        queries = _draw_queries(
-            rng, query_index, classes, queries_per_class, images if is_one_set else set()
-        )
+        taken = {query for image in images for query in as_queries.get(image, ())}
+        queries = _draw_queries(rng, query_index, classes, queries_per_class, taken)
         shown = tuple(ids[:shots] for ids in supports)
         episodes.append(BenchmarkEpisode(number, tuple(classes), shown, queries))
     num_short = sum(len(e.query_image_ids) < ways * queries_per_class for e in episodes)
@@ -203,15 +202,16 @@ def _is_usable(
     support_index: InstanceIndex,
     class_id: int,
     shots: int,
-    is_one_set: bool,
+    as_queries: Mapping[int, Collection[int]],
 ) -> bool:
     """Whether a class has the boxes even if the images with the fewest are drawn, and an image left to search."""
     images = support_index.images_with(class_id)
+    queries = set(query_index.images_with(class_id))
+    shared = sum(len(queries.intersection(as_queries.get(image, ()))) for image in images)
     counts = sorted(len(support_index.instances(image, class_id)) for image in images)
     num_boxes = np.cumsum([0, *counts])
     needed = int(np.searchsorted(num_boxes, shots))
-    queries = len(images) - needed if is_one_set else len(query_index.images_with(class_id))
-    return num_boxes[-1] >= shots and queries > 0
+    return num_boxes[-1] >= shots and len(queries) > min(shared, needed)
 
 
 def _draw_supports(

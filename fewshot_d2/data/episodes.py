@@ -7,13 +7,14 @@ the support uniform over images with the class and then over its instances there
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from detectron2.utils import comm
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .index import InstanceIndex
+from .index import InstanceIndex, same_images
 from .plans import EvaluationPlan, PlannedEpisode
 
 
@@ -67,10 +68,10 @@ class EpisodeFactory:
         self.names = names
         self.contiguous_ids = contiguous_ids
 
-    @property
-    def is_one_set(self) -> bool:
-        """Whether queries and supports are of the same images."""
-        return self.query_index.dicts is self.support_index.dicts
+    @cached_property
+    def queries_as_supports(self) -> dict[int, tuple[int, ...]]:
+        """Image index of a query -> those of the same file among the supports, where there are any."""
+        return same_images(self.query_index, self.support_index)
 
     def build(
         self,
@@ -168,7 +169,8 @@ class TrainingEpisodes:
         image_index: int,
         classes: tuple[int, ...],
     ) -> Episode:
-        exclude = (image_index,) if self.exclude_query and self.factory.is_one_set else ()
+        own = self.factory.queries_as_supports.get(image_index, ())
+        exclude = own if self.exclude_query else ()
         supports = [
             self.factory.support_index.draw_support(rng, c, self.num_shots, exclude)
             for c in classes

@@ -5,6 +5,7 @@ its annotations). Class ids are dataset category ids. Crowds and boxes without a
 they can be no example.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -107,6 +108,11 @@ class InstanceIndex:
             ) from None
 
     @cached_property
+    def files(self) -> list[str]:
+        """The file of each image, without symbolic links."""
+        return [os.path.realpath(record["file_name"]) for record in self.dicts]
+
+    @cached_property
     def _image_of_id(self) -> dict[int, int]:
         return _unique(((record["image_id"], i) for i, record in enumerate(self.dicts)), "image")
 
@@ -160,6 +166,17 @@ class InstanceIndex:
             if not rest:
                 closed.add(rank)
         return drawn
+
+
+def same_images(index: InstanceIndex, other: InstanceIndex) -> dict[int, tuple[int, ...]]:
+    """{image of an index: those of the same file in another one, ascending}, for images that have any.
+
+    Images are told by their files: parts of a data set may share ids, and one set may have two names.
+    """
+    places: dict[str, list[int]] = {}
+    for image_index, file in enumerate(other.files):
+        places.setdefault(file, []).append(image_index)
+    return {i: tuple(places[file]) for i, file in enumerate(index.files) if file in places}
 
 
 def _is_example(annotation: Mapping) -> bool:

@@ -4,12 +4,11 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from .index import InstanceIndex
+from .index import InstanceIndex, same_images
 from .plan_files import PlanFile
 from .splits import check_side
 
@@ -125,8 +124,8 @@ def make_plan(
 
     Args:
         query_index, support_index: one object, or indices of two data sets with the same categories.
-        dataset, support_dataset: their names; if equal, supports come from other images than the
-            query whenever another image has the class.
+        dataset, support_dataset: their names. Supports come from other images than the query whenever another image
+            has the class.
         split, side: where ``class_ids`` come from, for the record.
         class_ids: the classes to search.
         protocol: "present" (only images that have one of the classes, and only those) or "open".
@@ -148,14 +147,18 @@ def make_plan(
             f"plan must have at least one episode, got none: {len(classes)} classes of side "
             f"{side!r} in {len(query_index.dicts)} images of {dataset!r}"
         )
-    if fixed_supports:
-        _check_disjoint(query_index, support_index)
+    as_supports = same_images(query_index, support_index)
+    if fixed_supports and as_supports:
+        raise ValueError(
+            "fixed supports must be of a data set that shares no image with the queries, got "
+            f"{len(as_supports)} of both, for example {query_index.dicts[min(as_supports)]['file_name']}"
+        )
     episodes, num_own = [], 0
     for image_index, chosen in _subset(wanted, seed, max_images):
         image_id = query_index.dicts[image_index]["image_id"]
         of_image = () if fixed_supports else (image_id,)
-        own = (support_index.image_index(image_id),) if support_dataset == dataset else ()
-        num_own += sum(support_index.images_with(class_id) == own for class_id in chosen)
+        own = as_supports.get(image_index, ())
+        num_own += sum(all(i in own for i in support_index.images_with(c)) for c in chosen)
         supports = tuple(
             _draw(support_index, class_id, shots, key=(seed, run, *of_image), exclude=own)
             for class_id in chosen
@@ -189,19 +192,6 @@ def _draw(
     rng = np.random.default_rng((*key, class_id))
     places = index.draw_support(rng, class_id, shots, exclude)
     return tuple(index.annotation_id(*place) for place in places)
-
-
-def _check_disjoint(query_index: InstanceIndex, support_index: InstanceIndex) -> None:
-    """Images are told by their files: parts of a data set may have the same ids."""
-    files = {Path(record["file_name"]).resolve() for record in query_index.dicts}
-    common = [
-        r["file_name"] for r in support_index.dicts if Path(r["file_name"]).resolve() in files
-    ]
-    if common:
-        raise ValueError(
-            "fixed supports must be of a data set that shares no image with the queries, got "
-            f"{len(common)} of both, for example {common[0]}"
-        )
 
 
 def _check_draw(side: str, protocol: str, *, shots: int, seed: int, run: int) -> None:

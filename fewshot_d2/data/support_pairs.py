@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from ..structures import Support, SupportSet
 from .episodes import TrainingEpisodes, worker_place
-from .index import InstanceIndex
+from .index import InstanceIndex, same_images
 
 # Pixels that a process keeps, its workers together: crops are small, and every class is drawn again and again.
 _CACHED_BYTES = 256 << 20
@@ -32,13 +32,10 @@ class SupportPairs(IterableDataset):
             ValueError: fewer than two classes have two examples, which leaves nothing to tell apart.
         """
         self.episodes = episodes
-        index = episodes.factory.query_index
+        factory = episodes.factory
+        self._as_queries = same_images(factory.support_index, factory.query_index)
         # Of a class in one image only, an example would be paired with itself.
-        self.class_ids = [
-            c
-            for c in episodes.class_ids
-            if not episodes.factory.is_one_set or len(index.images_with(c)) > 1
-        ]
+        self.class_ids = [c for c in episodes.class_ids if self._has_others(c)]
         self.num_classes = min(num_classes, len(self.class_ids))
         if self.num_classes < 2:
             raise ValueError(
@@ -70,12 +67,19 @@ class SupportPairs(IterableDataset):
         others: list[list[Support]] = []
         for class_id in classes:
             ((image, position),) = factory.support_index.draw_support(rng, class_id, 1)
-            exclude = (image,) if factory.is_one_set else ()
-            (other,) = factory.query_index.draw_support(rng, class_id, 1, exclude)
+            own = self._as_queries.get(image, ())
+            (other,) = factory.query_index.draw_support(rng, class_id, 1, own)
             examples.append([crop(factory.support_index, image, position)])
             others.append([crop(factory.query_index, *other)])
         names = [factory.names[c] for c in classes]
         return SupportSet(classes, names, examples), SupportSet(classes, names, others)
+
+    def _has_others(self, class_id: int) -> bool:
+        """Whether each image among a class's supports has another one among its queries."""
+        factory = self.episodes.factory
+        queries = set(factory.query_index.images_with(class_id))
+        own = (self._as_queries.get(i, ()) for i in factory.support_index.images_with(class_id))
+        return all(len(queries.intersection(images)) < len(queries) for images in own)
 
     def _crop(self, index: InstanceIndex, image_index: int, position: int) -> Support:
         mapper, record = self.episodes.mapper, index.dicts[image_index]

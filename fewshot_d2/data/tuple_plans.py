@@ -53,8 +53,8 @@ class TuplePlan(BenchmarkPlan):
             ((class_id,), (query_id,)) = episode.class_ids, episode.query_image_ids
             query = query_index.image_index(query_id)
             images = [support_index.locate(i)[0] for i in episode.supports[0]]
-            files = [support_index.dicts[i]["file_name"] for i in images]
-            query_file = query_index.dicts[query]["file_name"]
+            files = [support_index.files[i] for i in images]
+            query_file = query_index.files[query]
             if len(set(files)) < len(files) or query_file in files:
                 raise ValueError(
                     f"episode {episode.id} of the plan must have different images as supports and query, got query "

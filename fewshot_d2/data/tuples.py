@@ -6,7 +6,6 @@ more shots have the query and the first supports of those with fewer.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from .episodes import Episode, EpisodeFactory
-from .index import InstanceIndex
+from .index import InstanceIndex, same_images
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +41,9 @@ class TupleSampler:
         """
         if shots < 1:
             raise ValueError(f"tuples must have at least 1 support image, got {shots}")
-        queries = _numbers_by_file(query_index)
-        one_set = query_index.dicts is support_index.dicts
-        supports = queries if one_set else _numbers_by_file(support_index)
-        # Image index of a query -> that of the same file among the supports.
-        self._index_in_supports = {
-            i: supports[file] for file, i in queries.items() if file in supports
-        }
+        for index in (query_index, support_index):
+            _check_files(index)
+        self._as_supports = same_images(query_index, support_index)
         self.query_index, self.support_index, self.shots = query_index, support_index, shots
         wanted = sorted(set(class_ids))
         self.class_ids = tuple(c for c in wanted if self._is_usable(c))
@@ -72,10 +67,10 @@ class TupleSampler:
         """The image index of the query and (image index, position) of each support, all of different images."""
         query = _drawn(rng, self.query_index.images_with(class_id), 1)[0]
         images = self.support_index.images_with(class_id)
-        own = self._index_in_supports.get(query)
+        own = self._as_supports.get(query, ())
         # One more than needed: the query may be among them.
         number = min(self.shots + 1, len(images))
-        chosen = [i for i in _drawn(rng, images, number) if i != own][: self.shots]
+        chosen = [i for i in _drawn(rng, images, number) if i not in own][: self.shots]
         return query, [(i, largest_instance(self.support_index, i, class_id)) for i in chosen]
 
     def _is_usable(self, class_id: int) -> bool:
@@ -86,24 +81,19 @@ class TupleSampler:
         if len(supports) > self.shots:
             return True
         shared = set(supports)
-        return not any(self._index_in_supports.get(query) in shared for query in queries)
+        return not any(shared.intersection(self._as_supports.get(query, ())) for query in queries)
 
 
-def _numbers_by_file(index: InstanceIndex) -> dict[str, int]:
-    """Image index of each file.
-
-    Raises:
-        ValueError: a file is listed twice.
-    """
+def _check_files(index: InstanceIndex) -> None:
+    """Raise a ``ValueError`` if a file is listed twice."""
     numbers: dict[str, int] = {}
-    for number, record in enumerate(index.dicts):
-        first = numbers.setdefault(os.path.realpath(record["file_name"]), number)
+    for number, file in enumerate(index.files):
+        first = numbers.setdefault(file, number)
         if first != number:
             raise ValueError(
-                f"a data set of tuples must list every file once, got {record['file_name']} as images "
-                f"{index.dicts[first]['image_id']} and {record['image_id']}"
+                f"a data set of tuples must list every file once, got {index.dicts[number]['file_name']} as images "
+                f"{index.dicts[first]['image_id']} and {index.dicts[number]['image_id']}"
             )
-    return numbers
 
 
 def _drawn(rng: np.random.Generator, items: Sequence[int], number: int) -> list[int]:

@@ -11,7 +11,7 @@ from ..data.pseudo_labels import PseudoLabels
 from ..data.query_expansion import found_instances
 from ..data.rank_lists import RankList, RankLists
 from ..retrieval import expand_queries
-from .region_search import same_images, search_regions
+from .region_search import own_images, search_regions
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def expand_rank_lists(
     )
     if found is None:
         return None
-    own = same_images(*pool_indices(rank_lists))
+    own = own_images(*pool_indices(rank_lists))
     images = {row.query_id: own[row.image_id] for row in rank_lists}
     # A new query whose image cannot be read any more has found nothing.
     of_id = {row.query_id: row for row in found}

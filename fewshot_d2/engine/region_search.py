@@ -1,7 +1,6 @@
 """Instance search from a config: describe the images of a data set once, describe queries, rank (SPIL spec B5)."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from ..data.dataset_mapper import EpisodicDatasetMapper
 from ..data.episodes import Episode
-from ..data.index import InstanceIndex
+from ..data.index import InstanceIndex, same_images
 from ..data.loaders import build_index, build_mapper
 from ..data.rank_lists import RankList, RankLists
 from ..files import canonical_sha256
@@ -143,7 +142,7 @@ def search_regions(
     if gallery is None:
         return None
     queries, vectors = _described_queries(cfg, query_index, queries, describer)
-    own = same_images(query_index, index)
+    own = own_images(query_index, index)
     vector_index = gallery.fill(build_vector_index(cfg))
     found = rank(
         gallery,
@@ -271,14 +270,12 @@ def _described_queries(
     return kept, torch.cat(vectors)
 
 
-def same_images(query_index: InstanceIndex, index: InstanceIndex) -> Mapping[int, list[int]]:
+def own_images(query_index: InstanceIndex, index: InstanceIndex) -> Mapping[int, list[int]]:
     """{image id in the data set of the queries: ids of the same file in the one that is searched}."""
-    ids = defaultdict(list)
-    for record in index.dicts:
-        ids[Path(record["file_name"]).resolve()].append(record["image_id"])
+    same = same_images(query_index, index)
     return {
-        record["image_id"]: ids.get(Path(record["file_name"]).resolve(), [])
-        for record in query_index.dicts
+        record["image_id"]: [index.dicts[other]["image_id"] for other in same.get(i, ())]
+        for i, record in enumerate(query_index.dicts)
     }
 
 

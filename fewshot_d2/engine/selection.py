@@ -1,4 +1,4 @@
-"""The best checkpoint of a run, chosen on data that no result is reported of (SILCO section 5)."""
+"""The best checkpoint of a run, chosen on data that no result is reported of (SILCO section 4.3)."""
 
 import csv
 import io

@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from ...structures import SupportFeatures, SupportSet, cat_padded
 from ...transforms import ResizeByRule
 from .priors import PriorBoxes, assigned, best_boxes
 from .reweighting import FeatureReweighting
-from .similarity import SIMILARITIES, PooledFusion, SimilarityFusion
+from .similarity import SIMILARITIES, PooledFusion, SimilarityFusion, uniform
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,10 @@ class SILCO(FewShotDetector):
         _check_keys(cfg)
         parts, node = super().from_config(cfg), cfg.MODEL.SILCO
         shapes = list(parts["backbone"].output_shape().items())
-        if not node.SOURCES or not set(node.SOURCES) <= set(range(len(shapes))):
+        different = set(node.SOURCES) & set(range(len(shapes)))
+        if not node.SOURCES or len(different) < len(node.SOURCES):
             raise ValueError(
-                f"SILCO.SOURCES must be among the trunk's maps 0 to {len(shapes) - 1}, got {node.SOURCES}"
+                f"SILCO.SOURCES must be different ones of the trunk's maps 0 to {len(shapes) - 1}, got {node.SOURCES}"
             )
         _check_numbers(node, max(node.SOURCES) + 1)
         sources = [shapes[i] for i in node.SOURCES]
@@ -243,8 +244,9 @@ class SILCO(FewShotDetector):
         """What happens to the finest map of a query of ``describe_queries``; see ``FewShotDetector``.
 
         Returns:
-            "attention" (Tensor[H, W, S, h, w]), unless supports are pooled, and of Tensor[H, W] "query map" and
-            "enhanced map", means over channels, and "score", the best of each cell.
+            "attention" (Tensor[H, W, S, h, w]), unless supports are pooled, and of Tensor[H, W] "query map",
+            "enhanced map" and, where supports have weights, "with equal weights" (fig. 4), means over channels, and
+            "score", the best of each cell.
         """
         name, fusion = next(iter(self.fusions.items()))
         described, pairs = self.describe_maps(query["maps"]), Pairs([0], [0], [0])
@@ -258,6 +260,9 @@ class SILCO(FewShotDetector):
             "score": logits.softmax(dim=1)[:, 1].view(*before.shape[1:], -1).amax(dim=2),
         }
         if isinstance(fusion, SimilarityFusion):
+            if fusion.reweighting is not None:
+                equal = equally_weighted(support, f"{name}.weights")
+                shown["with equal weights"] = self.fuse(described, equal, pairs)[0][0].mean(dim=0)
             keys = support.tensors[f"{name}.keys"][:1, support.tensors["is_shot"][0]]
             looked_at = fusion.attention(described[name]["theta"], keys)[0]
             # Supports are square.
@@ -265,6 +270,12 @@ class SILCO(FewShotDetector):
             looked_at = looked_at.unflatten(2, (side, side)).unflatten(1, before.shape[1:])
             shown["attention"] = looked_at.movedim(0, 2)
         return shown
+
+
+def equally_weighted(support: SupportFeatures, name: str) -> SupportFeatures:
+    """The same supports, with the sum of their weights (Tensor[K, S]) shared out equally."""
+    weights = support.tensors[name].sum(dim=1, keepdim=True) * uniform(support.tensors["is_shot"])
+    return replace(support, tensors={**support.tensors, name: weights})
 
 
 def build_fusion(node: CfgNode, channels: int) -> nn.Module:
