@@ -8,10 +8,10 @@ of its own.
 import argparse
 import multiprocessing
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from high_water import high_water
 from torch import Tensor, nn
 
 from fewshot_d2.systems.os2d.geometry import ANCHOR, IDENTITY, SIDE, STRIDE
@@ -100,22 +100,16 @@ def make(form: str, args: argparse.Namespace) -> tuple[AlignedMatcher, Tensor, T
     return matcher, cells, features
 
 
-def _high_water() -> int:
-    """Most kilobytes that this process has had; not those of its parent, as ``getrusage`` says."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def _peak(name: str, form: str, args: argparse.Namespace, queue: multiprocessing.Queue) -> None:
     """Megabytes that one form adds to a process."""
     matcher, cells, features = make(form, args)
-    before = _high_water()
+    before = high_water()
     with torch.no_grad():
         if name == "straightforward":
             straightforward(matcher, cells, features)
         else:
             chunked(matcher, cells, features, args.chunk)
-    queue.put((_high_water() - before) / 1024)
+    queue.put(high_water() - before)
 
 
 def peak(name: str, form: str, args: argparse.Namespace) -> float:

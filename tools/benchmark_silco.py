@@ -7,10 +7,10 @@ its own for each form, and how much of it is more than the process had with weig
 
 import argparse
 import multiprocessing
-import resource
 import time
 
 import torch
+from high_water import high_water
 from torch import Tensor, nn
 
 from fewshot_d2.systems.silco.reweighting import FeatureReweighting
@@ -89,9 +89,9 @@ def peak_memory(arguments: tuple[str, int, int, int]) -> tuple[float, float]:
     form, batch, shots, threads = arguments
     torch.set_num_threads(threads)
     scales, maps = modules(form), maps_of(batch, shots)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     step(scales, maps)
-    return before / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return before / 2**10, high_water() / 2**10
 
 
 def main() -> None:

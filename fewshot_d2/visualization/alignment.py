@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import CLASS_COLORS, Mark, draw_marks, enlarged
+from .canvas import CLASS_COLORS, Mark, at_drawing_size, draw_marks
 from .pictures import captioned, in_a_row
 
 _BOX, _GRID = CLASS_COLORS[3], CLASS_COLORS[5]
@@ -37,7 +37,7 @@ def alignment_panel(
         raise ValueError(
             f"a grid must have at least 2 lines and a score map a cell, got {lines} and {score_map.shape}"
         )
-    left, scale = enlarged(image)
+    left, scale = at_drawing_size(image)
     draw = ImageDraw.Draw(left)
     for quad in np.asarray(corners, dtype=float).reshape(-1, 4, 2) * scale:
         for line in grid_lines(quad, lines):

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import DARK, Mark, draw_marks, enlarged
+from .canvas import DARK, Mark, at_drawing_size, draw_marks
 from .pictures import TRUTH, WRONG, captioned, in_a_row
 
 _SIDE, _GAP = 320, 10
@@ -94,7 +94,7 @@ def heat_panel(
     Raises:
         ValueError: something that is no map.
     """
-    canvas, scale = enlarged(query)
+    canvas, scale = at_drawing_size(query)
     tiles = []
     for title, heat in heats.items():
         heat = np.asarray(heat, dtype=np.float64)

@@ -1,6 +1,6 @@
 """Drawing primitives on a PIL image: enlarge it, outline masks and boxes, place labels.
 
-Coordinates are pixels of the enlarged image, XYXY. Colours are Okabe and Ito's, which colour-blind
+Coordinates are pixels of the image at its drawing size, XYXY. Colours are Okabe and Ito's, which colour-blind
 readers can tell apart.
 """
 
@@ -46,7 +46,7 @@ class Mark:
     dashed: bool = False
 
 
-def enlarged(image: np.ndarray) -> tuple[Image.Image, float]:
+def at_drawing_size(image: np.ndarray) -> tuple[Image.Image, float]:
     """An RGB uint8 image (H, W, 3) at a size on which lines and text can be read, and the scale."""
     height, width = image.shape[:2]
     scale = min(max(1.0, _MIN_SIDE / min(height, width)), _MAX_SIDE / max(height, width))

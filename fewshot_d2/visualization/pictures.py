@@ -1,7 +1,7 @@
 """Queries, supports and instances as pictures: numpy in, numpy out.
 
 Images are RGB uint8 (H, W, 3); boxes are XYXY in absolute pixels of the image that is given. Small
-images are enlarged before anything is drawn. A verdict is told by colour and by dashes.
+images are enlarged, and large ones reduced, before anything is drawn. A verdict is told by colour and by dashes.
 """
 
 import copy
@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from PIL import Image, ImageDraw
 
 from ..structures import Support, SupportSet
-from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, draw_marks, enlarged, font_for
+from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, at_drawing_size, draw_marks, font_for
 
 RIGHT, WRONG, TRUTH = CLASS_COLORS[0], CLASS_COLORS[5], CLASS_COLORS[3]
 
@@ -43,7 +43,7 @@ def draw_instances(
         ndarray[H', W', 3]: RGB, uint8, at least 384 pixels on its shorter side (unless very long).
     """
     shown = _above(instances, threshold)
-    canvas, scale = enlarged(image)
+    canvas, scale = at_drawing_size(image)
     labels = _labels(shown, class_names)
     draw_marks(canvas, _marks(shown, scale, canvas.size, _class_colors(shown), labels))
     return np.asarray(canvas)
@@ -74,7 +74,7 @@ def episode_panel(
         correct: one a prediction, those below the threshold included. found: one an instance of the
             ground truth.
     """
-    canvas, scale = enlarged(query)
+    canvas, scale = at_drawing_size(query)
     names = support.class_names
     # The name of an only class stands in the caption, not on every instance.
     label_names = names if len(names) > 1 else None
@@ -188,7 +188,7 @@ def _marks(
     labels: Sequence[str],
     dashed: Sequence[bool] | None = None,
 ) -> list[Mark]:
-    """Scale instances to the enlarged image."""
+    """Scale instances to the size that is drawn."""
     masks = _masks(instances)
     marks = []
     for i, box in enumerate(_boxes(instances) * scale):

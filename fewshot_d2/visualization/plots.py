@@ -23,12 +23,12 @@ def plot_precision_recall(curves: Mapping[str, np.ndarray], title: str = "") -> 
         curves: name -> ndarray[101], precision in [0, 1] at the recalls 0, 0.01, ..., 1.
         title: above the diagram.
     """
-    figure, axes = _figure(title, "recall", "precision")
+    figure, axes = new_figure(title, "recall", "precision")
     for i, (name, precision) in enumerate(curves.items()):
-        axes.plot(np.linspace(0, 1, len(precision)), precision, label=name, **_line(i))
+        axes.plot(np.linspace(0, 1, len(precision)), precision, label=name, **line_style(i))
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    _legend(figure, axes, len(curves))
-    return _png(figure)
+    add_legend(figure, axes, len(curves))
+    return as_png(figure)
 
 
 def plot_ap50_by_instances(
@@ -44,15 +44,15 @@ def plot_ap50_by_instances(
         labels: one a bin. num_images: one a bin, of the first series.
         title: above the diagram.
     """
-    figure, axes = _figure(title, "instances in the image (n = images)", "AP50 (%)")
+    figure, axes = new_figure(title, "instances in the image (n = images)", "AP50 (%)")
     for i, (name, series) in enumerate(values.items()):
-        axes.plot(range(len(labels)), series, marker="o", label=name, **_line(i))
+        axes.plot(range(len(labels)), series, marker="o", label=name, **line_style(i))
     ticks = [f"{label}\nn = {count}" for label, count in zip(labels, num_images, strict=True)]
     axes.set_xticks(range(len(labels)), ticks)
     axes.set_xlim(-0.3, len(labels) - 0.7)
     axes.set_ylim(bottom=0)
-    _legend(figure, axes, len(values))
-    return _png(figure)
+    add_legend(figure, axes, len(values))
+    return as_png(figure)
 
 
 def plot_by_number(
@@ -67,19 +67,19 @@ def plot_by_number(
         values: name -> {number: (value, half width of its interval; NaN = none)}.
         xlabel, ylabel: what number and value are. title: above the diagram.
     """
-    figure, axes = _figure(title, xlabel, ylabel)
+    figure, axes = new_figure(title, xlabel, ylabel)
     numbers = sorted({n for series in values.values() for n in series})
     for i, (name, series) in enumerate(values.items()):
         places = [numbers.index(n) for n in series]
         means, widths = np.array(list(series.values())).T
         bars = None if np.isnan(widths).all() else np.nan_to_num(widths)
-        axes.errorbar(places, means, bars, marker="o", capsize=4, label=name, **_line(i))
+        axes.errorbar(places, means, bars, marker="o", capsize=4, label=name, **line_style(i))
     step = -(-len(numbers) // _MAX_TICKS)
     axes.set_xticks(range(0, len(numbers), step), numbers[::step])
     axes.set_xlim(-0.3, len(numbers) - 0.7)
     axes.set_ylim(bottom=0)
-    _legend(figure, axes, len(values))
-    return _png(figure)
+    add_legend(figure, axes, len(values))
+    return as_png(figure)
 
 
 def plot_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str = "") -> bytes:
@@ -112,23 +112,24 @@ def plot_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str = 
     sums.set(xlabel="scored as", ylabel="sum off the\ndiagonal")
     sums.set_xticks(range(num_classes), class_names, rotation=90, fontsize=size)
     _tidy(sums)
-    return _png(figure)
+    return as_png(figure)
 
 
 def plot_training_losses(
     losses: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str = ""
 ) -> bytes:
     """Draw losses against the iteration: name -> (iterations, values), on a logarithmic scale."""
-    figure, axes = _figure(title, "iteration", "loss")
+    figure, axes = new_figure(title, "iteration", "loss")
     for i, (name, (iterations, values)) in enumerate(losses.items()):
-        axes.plot(iterations, values, label=name, **_line(i))
+        axes.plot(iterations, values, label=name, **line_style(i))
     positive = any(v > 0 for _, values in losses.values() for v in values)
     axes.set_yscale("log" if positive else "linear")
-    _legend(figure, axes, len(losses))
-    return _png(figure)
+    add_legend(figure, axes, len(losses))
+    return as_png(figure)
 
 
-def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A figure with one diagram."""
     figure = Figure(figsize=(5.6, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -143,7 +144,7 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _line(index: int) -> dict:
+def line_style(index: int) -> dict:
     """Colour and dashes of the i-th curve; both differ, so that either tells curves apart."""
     return {
         "color": _LINES[index % len(_LINES)],
@@ -152,7 +153,7 @@ def _line(index: int) -> dict:
     }
 
 
-def _legend(figure: Figure, axes: Axes, num_curves: int) -> None:
+def add_legend(figure: Figure, axes: Axes, num_curves: int) -> None:
     """Below the axes, where it hides no curve."""
     if num_curves:
         columns = min(num_curves, 3)
@@ -171,7 +172,8 @@ def _write_cells(axes: Axes, matrix: np.ndarray, size: float) -> None:
             )
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

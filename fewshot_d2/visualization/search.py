@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from .canvas import CLASS_COLORS, DARK, PAPER, Color, Mark, draw_marks, font_for
 from .pictures import TRUTH, captioned
-from .plots import _figure, _legend, _line, _png
+from .plots import add_legend, as_png, line_style, new_figure
 
 # First to last stage: vermillion, sky blue, green, purple, blue, orange; yellow is the truth's.
 _STAGE_COLORS: tuple[Color, ...] = tuple(CLASS_COLORS[i] for i in (5, 0, 2, 4, 6, 1))
@@ -34,16 +34,16 @@ def recall_iou_figure(
     Raises:
         ValueError: a curve has another length than the thresholds.
     """
-    figure, axes = _figure(title, "IoU", "recall of true images in the list")
+    figure, axes = new_figure(title, "IoU", "recall of true images in the list")
     for i, (name, recall) in enumerate(curves.items()):
         if len(recall) != len(thresholds):
             raise ValueError(
                 f"curve {name!r} must have a recall for each of {len(thresholds)} thresholds, got {len(recall)}"
             )
-        axes.plot(thresholds, recall, label=name, **_line(i))
+        axes.plot(thresholds, recall, label=name, **line_style(i))
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    _legend(figure, axes, len(curves))
-    return _png(figure)
+    add_legend(figure, axes, len(curves))
+    return as_png(figure)
 
 
 def stages_panel(
