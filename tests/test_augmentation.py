@@ -1,5 +1,8 @@
 """SSD's augmentation: boxes follow their pixels, the crops keep their promise, and nothing depends on global state."""
 
+import colorsys
+from collections import Counter
+
 import cv2
 import numpy as np
 import pytest
@@ -159,20 +162,76 @@ def test_colours_change_and_coordinates_do_not():
     assert 30 <= changed < 40
 
 
-class Always:
-    """A generator that draws the upper end and always says yes."""
+class Scripted:
+    """A generator that draws given chances and, of every range, a place between its lower end (0) and upper one (1)."""
 
-    def __init__(self, chance):
-        self.chance = chance
+    def __init__(self, place, chances=(), places=()):
+        self.place, self.chances, self.places = place, iter(chances), iter(places)
+        self.draws = 0
 
     def uniform(self, low, high):
-        return high
+        self.draws += 1
+        return low + (high - low) * next(self.places, self.place)
 
     def random(self):
-        return next(self.chance)
+        return next(self.chances)
+
+    def integers(self, number):
+        return 0
 
     def permutation(self, n):
         return np.arange(n)[::-1]
+
+
+def colours_of(pixel, rng, image_format="RGB"):
+    """A pixel after ``RandomColors``."""
+    image = np.full((1, 1, 3), pixel, np.uint8)
+    return (
+        RandomColors(rng, image_format=image_format).get_transform(image).apply_image(image)[0, 0]
+    )
+
+
+def naive_colours(pixel, brightness, contrast, saturation, hue, *, contrast_first):
+    """With Python's own colour conversion."""
+    values = [value + brightness for value in pixel]
+    if contrast_first:
+        values = [value * contrast for value in values]
+    values = [min(max(value, 0), 255) / 255 for value in values]
+    h, s, v = colorsys.rgb_to_hsv(*values)
+    values = colorsys.hsv_to_rgb((h + hue / 360) % 1, min(s * saturation, 1), v)
+    values = [255 * value * (1 if contrast_first else contrast) for value in values]
+    return [min(max(value, 0), 255) for value in values]
+
+
+@pytest.mark.parametrize("contrast_first", [True, False])
+@pytest.mark.parametrize(
+    ("place", "numbers"), [(0, (-32, 0.5, 0.5, -18)), (1, (32, 1.5, 1.5, 18)), (0.5, (0, 1, 1, 0))]
+)
+def test_colours_at_both_ends_of_the_spec_s_ranges(place, numbers, contrast_first):
+    """Contrast before or after what is limited to 0..255 is not the same."""
+    pixel, chances = (40, 90, 190), [0.1] * 4 + [0.1 if contrast_first else 0.9, 0.9]
+    result = colours_of(pixel, Scripted(place, chances))
+    expected = naive_colours(pixel, *numbers, contrast_first=contrast_first)
+    assert result.tolist() == pytest.approx(expected, abs=1)
+    other = naive_colours(pixel, *numbers, contrast_first=not contrast_first)
+    assert place != 1 or max(abs(a - b) for a, b in zip(expected, other, strict=True)) > 5
+
+
+def test_each_change_of_colours_is_made_half_of_the_time():
+    """Also contrast before saturation and hue, and the order of channels."""
+    pixel, rng, seen = (40, 90, 190), np.random.default_rng(0), Counter()
+    for _ in range(400):
+        chances = (rng.random(6) < 0.5).tolist()
+        # Just within and just beyond the half.
+        script = Scripted(1, [0.499 if is_made else 0.501 for is_made in chances])
+        *changes, contrast_first, is_shuffled = chances
+        plain, full = (0, 1, 1, 0), (32, 1.5, 1.5, 18)
+        numbers = [f if is_made else p for is_made, p, f in zip(changes, plain, full, strict=True)]
+        expected = naive_colours(pixel, *numbers, contrast_first=contrast_first)
+        expected = expected[::-1] if is_shuffled else expected
+        assert colours_of(pixel, script).tolist() == pytest.approx(expected, abs=1)
+        seen.update(number for number, is_made in enumerate(chances) if is_made)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(
@@ -184,7 +243,7 @@ def test_hue_and_saturation_are_those_of_the_format(image_format, code):
     # Brightness, contrast, saturation, hue, contrast first, shuffle.
     chance = iter([0.9, 0.9, 0.1, 0.1, 0.9, 0.9])
     result = (
-        RandomColors(Always(chance), image_format=image_format)
+        RandomColors(Scripted(1, chance), image_format=image_format)
         .get_transform(image)
         .apply_image(image)
     )
@@ -195,12 +254,9 @@ def test_hue_and_saturation_are_those_of_the_format(image_format, code):
 
 
 def test_brightness_contrast_and_order():
-    image = np.full((1, 1, 3), (10, 100, 200), np.uint8)
-    chance = iter([0.1, 0.1, 0.9, 0.9, 0.1, 0.1])
-    result = (
-        RandomColors(Always(chance), image_format="RGB").get_transform(image).apply_image(image)
-    )
-    assert result[0, 0].tolist() == [255, 198, 63]
+    chances = [0.1, 0.1, 0.9, 0.9, 0.1, 0.1]
+    assert colours_of((10, 100, 200), Scripted(1, chances)).tolist() == [255, 198, 63]
+    assert colours_of((10, 100, 200), Scripted(0, chances)).tolist() == [84, 34, 0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])

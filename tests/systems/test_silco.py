@@ -22,6 +22,7 @@ SMALL = [
     *("MODEL.DEVICE", "cpu", "INPUT.MAX_SIZE_TRAIN", 64, "INPUT.MAX_SIZE_TEST", 64),
     *("FEWSHOT.PRETRAIN.MAX_ITER", 0, "MODEL.RESNETS.NORM", "BN"),
 ]
+BGR = ("INPUT.FORMAT", "BGR")
 
 
 @pytest.fixture(scope="module")
@@ -110,26 +111,61 @@ def test_encoded_and_described_once_equals_forward(model, rng, tmp_path):
         assert torch.equal(result.pred_classes, expected.pred_classes)
 
 
+def naive_fused(model, name, query, support):
+    """The enhanced map of each class, a 1x1 convolution and a ReLU after its fusion (spec A5)."""
+    fusion, mix, rows = model.fusions[name], model.mixes[name], []
+    described = fusion.describe(model.backbone(model.preprocess([query]).tensor)[name])
+    for shots in support.examples:
+        tensors = model.encode_support([SupportSet([1], ["a"], [shots])]).tensors
+        of_map = {k.removeprefix(f"{name}."): t for k, t in tensors.items()}
+        enhanced = fusion(described, of_map, tensors["is_shot"])
+        mixed = torch.einsum("oc,pchw->pohw", mix.weight.flatten(1), enhanced)
+        rows.append(mixed + mix.bias[:, None, None])
+    assert (torch.cat(rows) < 0).any(), "without negative values a ReLU would show nothing"
+    return torch.cat(rows).clamp(min=0)
+
+
+def naive_attention(fusion, query, keys, cell):
+    """How much a cell looks at each token of the supports (keys: Tensor[S, h * w, D]), Tensor[S, h * w]."""
+    theta = fusion.describe(query)["theta"][0, cell]
+    places = [[float(theta @ key) for key in of_support] for of_support in keys]
+    exps = torch.tensor(places).double().mul(fusion.attention_scale).exp()
+    return exps / (exps.sum() if fusion.is_global else exps.sum(dim=1, keepdim=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("similarity", ["gap", "image", "global"])
 def test_explanation_is_of_the_search(rng, similarity):
-    """Of the first class, without its missing supports."""
+    """Of the first class, without its missing supports, in the first map that is used."""
     keys = ("MODEL.SILCO.SIMILARITY", similarity, "MODEL.SILCO.REWEIGHTING", similarity == "image")
     model = built(*keys).eval()
-    support = SupportSet([1, 2], ["a", "b"], [[random_support(rng)] * n for n in (2, 3)])
-    (described,) = model.describe_queries([random_query(rng, support)])
+    model = model if similarity == "gap" else awake(model)
+    shots = [[random_support(rng) for _ in range(number)] for number in (2, 3)]
+    support = SupportSet([1, 2], ["a", "b"], shots)
+    query = random_query(rng, support)
+    (described,) = model.describe_queries([query])
     features = model.encode_support([support])
     shown = model.explain(described, features)
-    for name in ("query map", "enhanced map", "score"):
-        assert shown[name].shape == (8, 8)
+    before = model.backbone(model.preprocess([query]).tensor)["scale1"]
+    fused = naive_fused(model, "scale1", query, support)[:1]
+    assert_close(shown["query map"], before[0].mean(dim=0), atol=1e-4, rtol=1e-4)
+    assert_close(shown["enhanced map"], fused[0].mean(dim=0), atol=1e-4, rtol=1e-4)
+    logits = model.head.classification_head.module_list[0](fused)[0]
+    of_prior = [logits[2 * k : 2 * k + 2].softmax(dim=0)[1] for k in range(len(logits) // 2)]
+    assert_close(shown["score"], torch.stack(of_prior).amax(dim=0), atol=1e-5, rtol=1e-4)
     found = model.search(described, features[[0]])
     assert shown["score"].max() <= found.scores.max() + 1e-6
     if similarity == "gap":
         assert "attention" not in shown
     else:
         assert shown["attention"].shape == (8, 8, 2, 8, 8)
-        of_cell = shown["attention"][3, 5].sum().item()
-        assert of_cell == pytest.approx(2 if similarity == "image" else 1, rel=1e-4)
+        keys = features.tensors["scale1.keys"][0, :2]
+        for row, column in ((3, 5), (0, 7)):
+            expected = naive_attention(
+                model.fusions["scale1"], before, keys, 8 * row + column
+            ).unflatten(1, (8, 8))
+            actual = shown["attention"][row, column].double()
+            assert_close(actual, expected, atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -161,24 +197,26 @@ def test_results_are_scaled_by_two_factors(model, rng):
     assert_close(large.pred_boxes.tensor, small.pred_boxes.tensor * scale, atol=1e-3, rtol=1e-4)
 
 
-def naive_losses(model, queries):
+def naive_losses(model, queries, *, iou, ratio):
     """Prior by prior, after spec A6."""
-    maps = model.backbone(model.preprocess(queries).tensor)
-    support, pairs = model.gather_supports(queries)
-    fused = model.fuse(model.describe_maps(maps), support, pairs)
+    _, pairs = model.gather_supports(queries)
+    fused = [
+        torch.cat([naive_fused(model, name, query, query["support"]) for query in queries])
+        for name in model.fusions
+    ]
     predicted = model.head(fused)
     priors = model.priors(fused, (SIDE, SIDE))
     class_sum = box_sum = positives = 0
     for p, target in enumerate(pairs.targets(queries, model.device)):
         logits, truth = predicted["cls_logits"][p], target.gt_boxes
-        found = assigned(pairwise_iou(truth, Boxes(priors)), 0.5).tolist()
+        found = assigned(pairwise_iou(truth, Boxes(priors)), iou).tolist()
         losses = [
             F.cross_entropy(logits[a], torch.tensor(int(g >= 0))) for a, g in enumerate(found)
         ]
         own = [a for a, g in enumerate(found) if g >= 0]
         others = sorted(set(range(len(found))) - set(own), key=lambda a: -losses[a].item())
         positives += len(own)
-        class_sum = class_sum + sum(losses[a] for a in [*own, *others[: 3 * len(own)]])
+        class_sum = class_sum + sum(losses[a] for a in [*own, *others[: ratio * len(own)]])
         for a in own:
             x0, y0, x1, y1 = priors[a].tolist()
             u0, v0, u1, v1 = truth.tensor[found[a]].tolist()
@@ -194,11 +232,13 @@ def naive_losses(model, queries):
     return class_sum / positives, box_sum / positives
 
 
-def test_losses_equal_loops_and_count_positives_of_the_whole_batch(rng):
+@pytest.mark.parametrize(("iou", "ratio"), [(0.5, 3), (0.3, 1)])
+def test_losses_equal_loops_and_count_positives_of_the_whole_batch(rng, iou, ratio):
     model = awake(small_silco()).train()
+    model.match_iou, model.negative_ratio = iou, ratio
     queries = queries_with(rng, random_support_set(rng), random_support_set(rng, shots=3))
     losses = model(queries)
-    class_loss, box_loss = naive_losses(model, queries)
+    class_loss, box_loss = naive_losses(model, queries, iou=iou, ratio=ratio)
     assert_close(losses["loss_class"], class_loss)
     assert losses["loss_box"].item() == pytest.approx(box_loss, rel=1e-4)
 
@@ -281,8 +321,9 @@ def test_summed_weights_make_maps_larger_with_more_shots(model, rng):
     [
         ("MODEL.SILCO.SIMILARITY", "mean", "SIMILARITY must be one of"),
         ("MODEL.SILCO.SIMILARITY", "global", "REWEIGHTING must be False unless"),
-        ("MODEL.SILCO.SOURCES", (0, 6), "SOURCES must be among the trunk's maps 0 to 5"),
-        ("MODEL.SILCO.SOURCES", (), "SOURCES must be among"),
+        ("MODEL.SILCO.SOURCES", (0, 6), "SOURCES must be .* of the trunk's maps 0 to 5, got"),
+        ("MODEL.SILCO.SOURCES", (), "SOURCES must be .* of the trunk's maps"),
+        ("MODEL.SILCO.SOURCES", (1, 1), "SOURCES must be different"),
         ("MODEL.SILCO.STEPS", (4, 8, 16), r"must be of 4 maps, got of \(3, 6, 6\)"),
         ("MODEL.SILCO.SIZES", (10, 20, 34, 48), r"must be of 4 maps, got of \(6, 3, 6\)"),
         ("FEWSHOT.RESIZE_RULE", "paper", "RESIZE_RULE must be 'stretch' for SILCO"),
@@ -343,13 +384,33 @@ def test_pictures_of_any_kind(tmp_path):
 
 
 @torch.no_grad()
-def test_query_that_equals_its_only_support(model, rng):
-    image = torch.randint(0, 256, (3, SIDE, SIDE), generator=rng, dtype=torch.uint8)
-    query = {"image": image, "height": SIDE, "width": SIDE}
-    found = model([{**query, "support": SupportSet([1], ["a"], [[Support(image)]])}])[0][
-        "instances"
-    ]
+def test_query_that_equals_its_only_support(rng):
+    """It has the support's maps, and before any training each of its cells looks most at itself."""
+    model, side = built().eval(), 64
+    image = torch.randint(0, 256, (3, side, side), generator=rng, dtype=torch.uint8)
+    query = {"image": image, "height": side, "width": side}
+    features = model.encode_support([SupportSet([1], ["a"], [[Support(image)]])])
+    (described,) = model.describe_queries([query])
+    for name, fusion in model.fusions.items():
+        # Projections are alike at first, so that keys are those of the query.
+        theta = fusion.describe(described["maps"][name])["theta"]
+        assert_close(features.tensors[f"{name}.keys"][0], theta, atol=1e-5, rtol=1e-4)
+    attention = model.explain(described, features)["attention"]
+    assert attention.flatten(2).argmax(dim=2).flatten().tolist() == list(range(64))
+    found = model.search(described, features)
     assert len(found) and torch.isfinite(found.scores).all()
+
+
+@torch.no_grad()
+def test_supports_in_the_channel_order_of_queries(rng):
+    shot = random_support(rng)
+    swapped = Support(shot.image.flip(0))
+    rgb, bgr, wrong = (
+        built(*keys).eval().encode_support([SupportSet([1], ["a"], [[given]])]).tensors
+        for keys, given in (((), shot), (BGR, swapped), (BGR, shot))
+    )
+    assert all(torch.equal(rgb[name], bgr[name]) for name in rgb)
+    assert not torch.allclose(rgb["scale1.keys"], wrong["scale1.keys"])
 
 
 def test_no_class_and_no_support_are_refused(model, rng):

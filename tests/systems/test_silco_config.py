@@ -1,4 +1,4 @@
-"""What MODEL.SILCO says arrives in the model: the spec's table (A2 to A6), other values, and the trunk of MobileNetV2."""
+"""What MODEL.SILCO says arrives in the model: the spec's table (A2 to A6), other values, and MobileNetV2's maps."""
 
 import pytest
 import torch
@@ -177,7 +177,7 @@ def test_maps_of_mobilenet_are_where_its_priors_are(mobile):
 
 
 def test_mobilenet_is_trained_and_finds(mobile, rng):
-    query = random_query(rng, random_support_set(rng, ways=1, shots=2), side=320)
+    query = random_query(rng, random_support_set(rng, ways=1), side=320)
     # One for the first map and one for the last.
     boxes = Boxes(torch.tensor([[20.0, 30, 50, 60], [5, 5, 315, 315]]))
     query["instances"] = Instances((320, 320), gt_boxes=boxes, gt_classes=torch.tensor([0, 0]))
