@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
-from .checkpoint import FewShotCheckpointer
+from .checkpoint import FewShotCheckpointer, read_checkpoint
 from .config import load_config
 from .decoding import read_rgb
 from .inference.feature_store import load_features, model_sha256, save_keeping_features
@@ -88,6 +88,9 @@ class FewShotPredictor:
         cfg.MODEL.DEVICE = _checked_device(device or cfg.MODEL.DEVICE)
         if not cfg.MODEL.WEIGHTS:
             logger.warning("No weights: what %s finds is random", cfg.MODEL.META_ARCHITECTURE)
+        if _is_whole(cfg.MODEL.WEIGHTS):
+            # The file that its backbone started from may be on another machine.
+            cfg.MODEL.TORCHVISION.WEIGHTS = cfg.MODEL.TIMM.WEIGHTS = ""
         self.cfg = cfg
         self.dtype = _checked_precision(precision, cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval()
@@ -264,6 +267,11 @@ def _input(query: Query) -> dict[str, Any]:
     """A query dict without supports."""
     height, width = query.image.shape[:2]
     return {"image": query.tensor, "height": height, "width": width}
+
+
+def _is_whole(weights: str) -> bool:
+    """Whether a file is a checkpoint of training, which holds all weights of a model."""
+    return Path(weights).is_file() and "system" in read_checkpoint(weights)
 
 
 def _checked_device(device: str) -> str:

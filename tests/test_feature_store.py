@@ -56,6 +56,7 @@ def test_hash_of_a_model_knows_weights_and_settings_and_nothing_else(predictor):
     assert first == model_sha256(predictor.model, cfg)
     elsewhere = cfg.clone()
     elsewhere.MODEL.WEIGHTS, elsewhere.MODEL.DEVICE, elsewhere.OUTPUT_DIR = "x.pth", "cuda", "y"
+    elsewhere.MODEL.TORCHVISION.WEIGHTS = elsewhere.MODEL.TIMM.WEIGHTS = "z.pth"
     assert model_sha256(predictor.model, elsewhere) == first
     for key, value in (
         ("FEWSHOT.SUPPORT.SIZE", 64),

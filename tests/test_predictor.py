@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from factories import TINY_REPMET, TINY_REPMET_OVERRIDES, random_support_set, tiny_config
+from factories import (
+    TINY_REPMET,
+    TINY_REPMET_OVERRIDES,
+    TINY_SPIL,
+    TINY_SPIL_OVERRIDES,
+    random_support_set,
+    tiny_config,
+)
 from inference_cases import same_instances, write_model
 from PIL import Image
 
@@ -164,6 +171,24 @@ def test_config_may_be_a_file_and_weights_an_argument(tmp_path, rng):
     from_config.set_support(support)
     assert len(from_files.predict(image))
     assert same_instances(from_files.predict(image), from_config.predict(image))
+
+
+def test_trained_model_needs_no_file_of_its_backbone(tmp_path, rng):
+    """On another machine only the config and the checkpoint are there."""
+    options = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    cfg = load_config(str(TINY_SPIL), [*TINY_SPIL_OVERRIDES, *options])
+    trained, support = FewShotPredictor(cfg), random_support_set(rng)
+    content = {"model": trained.model.state_dict(), "system": "SPIL"}
+    torch.save(content, tmp_path / "model_final.pth")
+    torch.save(content["model"], tmp_path / "weights_alone.pth")
+    cfg.MODEL.TORCHVISION.WEIGHTS = str(tmp_path / "elsewhere.pth")
+    found = []
+    for predictor in (trained, FewShotPredictor(cfg, tmp_path / "model_final.pth")):
+        predictor.set_support(support)
+        found.append(predictor.predict(np.full((32, 48, 3), 90, np.uint8)))
+    assert len(found[0]) and same_instances(*found)
+    with pytest.raises(ValueError, match=r"elsewhere\.pth"):
+        FewShotPredictor(cfg, tmp_path / "weights_alone.pth")
 
 
 @pytest.mark.parametrize("device", ["foo", "mps", "cpu:-3"])

@@ -28,8 +28,9 @@ def model_sha256(model: nn.Module, cfg: CfgNode) -> str:
     """Hash of the weights, of MODEL and of how images are read; device and file names do not count."""
     settings = cfg.clone()
     settings.defrost()
-    for key in ("DEVICE", "WEIGHTS"):
-        settings.MODEL.pop(key)
+    settings.MODEL.pop("DEVICE")
+    for node in (settings.MODEL, settings.MODEL.TORCHVISION, settings.MODEL.TIMM):
+        node.pop("WEIGHTS")
     parts = {
         "version": _VERSION,
         "system": type(model).__name__,
