@@ -245,7 +245,7 @@ class SILCO(FewShotDetector):
 
         Returns:
             "attention" (Tensor[H, W, S, h, w]), unless supports are pooled, and of Tensor[H, W] "query map",
-            "enhanced map" and, where supports have weights, "with equal weights" (fig. 4), means over channels, and
+            "with equal weights", where supports have weights, and "enhanced map" (fig. 4), means over channels, and
             "score", the best of each cell.
         """
         name, fusion = next(iter(self.fusions.items()))
@@ -254,15 +254,14 @@ class SILCO(FewShotDetector):
         before = query["maps"][name][0]
         cells = before.shape[1] * before.shape[2]
         logits = self.head(fused)["cls_logits"][0, : cells * self.priors.per_cell[0]]
-        shown = {
-            "query map": before.mean(dim=0),
-            "enhanced map": fused[0][0].mean(dim=0),
-            "score": logits.softmax(dim=1)[:, 1].view(*before.shape[1:], -1).amax(dim=2),
-        }
-        if isinstance(fusion, SimilarityFusion):
-            if fusion.reweighting is not None:
-                equal = equally_weighted(support, f"{name}.weights")
-                shown["with equal weights"] = self.fuse(described, equal, pairs)[0][0].mean(dim=0)
+        shown = {"query map": before.mean(dim=0)}
+        is_attending = isinstance(fusion, SimilarityFusion)
+        if is_attending and fusion.reweighting is not None:
+            equal = equally_weighted(support, f"{name}.weights")
+            shown["with equal weights"] = self.fuse(described, equal, pairs)[0][0].mean(dim=0)
+        shown["enhanced map"] = fused[0][0].mean(dim=0)
+        shown["score"] = logits.softmax(dim=1)[:, 1].view(*before.shape[1:], -1).amax(dim=2)
+        if is_attending:
             keys = support.tensors[f"{name}.keys"][:1, support.tensors["is_shot"][0]]
             looked_at = fusion.attention(described[name]["theta"], keys)[0]
             # Supports are square.
