@@ -1,6 +1,7 @@
 """SSD's augmentation: boxes follow their pixels, the crops keep their promise, and nothing depends on global state."""
 
 import colorsys
+import itertools
 from collections import Counter
 
 import cv2
@@ -9,10 +10,11 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from factories import tiny_config
+from factories import ROOT, tiny_config
 from PIL import Image
 from torchvision.ops import box_iou
 
+from fewshot_d2 import load_config
 from fewshot_d2.data.augmentation import (
     CROP_OPTIONS,
     AugmentationRule,
@@ -106,6 +108,43 @@ def test_a_crop_that_no_attempt_finds_is_given_up():
 
 
 @pytest.mark.parametrize(
+    ("scale", "aspect", "size"),
+    [
+        # 0.3 of a side, from half as wide as high to twice.
+        (0, 0, (0.3 * 0.5**0.5, 0.3 / 0.5**0.5)),
+        (0, 1, (0.3 * 2**0.5, 0.3 / 2**0.5)),
+        # The same halfway: 0.65 with 1.25, the middle of 0.5 and 2.
+        (0.5, 0.5, (0.65 * 1.25**0.5, 0.65 / 1.25**0.5)),
+        # At 0.8 the aspect is at least 0.64 and at most its inverse: the crop fits.
+        (5 / 7, 0, (0.64, 1.0)),
+        (5 / 7, 1, (1.0, 0.64)),
+        (1, 0.5, (1.0, 1.0)),
+    ],
+)
+def test_crops_at_both_ends_of_the_spec_s_ranges(scale, aspect, size):
+    """Relative to an image of 2000 x 1000 pixels (width x height)."""
+    image, box = np.zeros((1000, 2000, 3), np.uint8), np.array([[0.0, 0, 10, 10]])
+    script = Scripted(None, places=[scale, aspect])
+    crop = RandomCropByIoU(script, options=["random"]).get_transform(image, box)
+    assert (crop.w, crop.h) == (
+        pytest.approx(2000 * size[0], abs=1),
+        pytest.approx(1000 * size[1], abs=1),
+    )
+
+
+def test_every_option_has_fifty_attempts():
+    """Two numbers are drawn for each attempt; the last one is still taken."""
+    image, box = np.zeros((100, 100, 3), np.uint8), np.array([[0.0, 0, 100, 100]])
+    script = Scripted(0)
+    crop = RandomCropByIoU(script, options=[0.9, 0.9]).get_transform(image, box)
+    assert isinstance(crop, T.NoOpTransform) and script.draws == 2 * 2 * 50
+    for misses, kind in ((49, T.CropTransform), (50, T.NoOpTransform)):
+        script = Scripted(1, places=[0] * 2 * misses)
+        crop = RandomCropByIoU(script, options=[0.9]).get_transform(image, box)
+        assert isinstance(crop, kind)
+
+
+@pytest.mark.parametrize(
     ("least", "expected"), [(0.0, True), (0.25, True), (0.26, False), (1.0, False)]
 )
 def test_one_box_above_the_least_iou_is_enough(least, expected):
@@ -136,6 +175,30 @@ def test_expanding_keeps_the_picture_and_fills_with_the_mean(seed):
     assert (canvas[~inside] == [11, 22, 34]).all()
     assert (transform.inverse().apply_image(canvas) == image).all()
     assert (transform.apply_box(boxes) == boxes + [transform.x0, transform.y0] * 2).all()
+
+
+@pytest.mark.parametrize(("place", "ratio"), [(0, 1), (0.5, 2.5), (1, 4)])
+def test_canvases_are_up_to_four_times_as_large_and_of_the_mean(place, ratio):
+    """As VOC is trained on: the mean of its config, wherever the picture is not."""
+    cfg = load_config(str(ROOT / "configs/silco/vgg16_voc07_ssm_frm.yaml"))
+    rule = AugmentationRule.from_cfg(cfg)
+    step = rule.augmentations(Scripted(place, [0.499]))[1]
+    canvas = step.get_transform(np.full((20, 30, 3), 255, np.uint8)).apply_image(
+        np.full((20, 30, 3), 255, np.uint8)
+    )
+    assert canvas.shape == (20 * ratio, 30 * ratio, 3)
+    outside = np.ones(canvas.shape[:2], bool)
+    outside[:20, :30] = False
+    assert (canvas[outside] == [123, 117, 104]).all() and (canvas[~outside] == 255).all()
+
+
+def test_the_spec_s_augmentation_is_that_of_voc():
+    cfg = load_config(str(ROOT / "configs/silco/vgg16_voc07_ssm_frm.yaml"))
+    rule = AugmentationRule.from_cfg(cfg)
+    assert rule.photometric and rule.expand == 4 and rule.image_format == "RGB"
+    assert rule.crops == ("none", 0.1, 0.3, 0.5, 0.7, 0.9, "random") == CROP_OPTIONS
+    steps = [type(step) for step in rule.augmentations(np.random.default_rng(0))]
+    assert steps == [RandomColors, RandomExpand, RandomCropByIoU]
 
 
 def test_half_of_the_images_are_expanded():
@@ -218,20 +281,19 @@ def test_colours_at_both_ends_of_the_spec_s_ranges(place, numbers, contrast_firs
 
 
 def test_each_change_of_colours_is_made_half_of_the_time():
-    """Also contrast before saturation and hue, and the order of channels."""
-    pixel, rng, seen = (40, 90, 190), np.random.default_rng(0), Counter()
-    for _ in range(400):
-        chances = (rng.random(6) < 0.5).tolist()
+    """All combinations of four changes, contrast before saturation and hue, and the order of channels."""
+    pixel, changed = (40, 90, 190), (32, 1.5, 1.5, 18)
+    for chances in itertools.product([True, False], repeat=6):
         # Just within and just beyond the half.
         script = Scripted(1, [0.499 if is_made else 0.501 for is_made in chances])
         *changes, contrast_first, is_shuffled = chances
-        plain, full = (0, 1, 1, 0), (32, 1.5, 1.5, 18)
-        numbers = [f if is_made else p for is_made, p, f in zip(changes, plain, full, strict=True)]
+        numbers = [
+            new if is_made else old
+            for is_made, old, new in zip(changes, (0, 1, 1, 0), changed, strict=True)
+        ]
         expected = naive_colours(pixel, *numbers, contrast_first=contrast_first)
         expected = expected[::-1] if is_shuffled else expected
-        assert colours_of(pixel, script).tolist() == pytest.approx(expected, abs=1)
-        seen.update(number for number, is_made in enumerate(chances) if is_made)
-    assert len(seen) == 6
+        assert colours_of(pixel, script).tolist() == pytest.approx(expected, abs=1), chances
 
 
 @pytest.mark.parametrize(
@@ -306,7 +368,7 @@ def test_mapped_queries_have_their_boxes_on_their_pixels(tmp_path, with_masks):
     options = ["FEWSHOT.AUGMENT.EXPAND", 2.0, "FEWSHOT.AUGMENT.CROPS", CROP_OPTIONS]
     options += ["FEWSHOT.RESIZE_RULE", "stretch", "MODEL.MASK_ON", with_masks]
     options += ["INPUT.RANDOM_FLIP", "horizontal", "FEWSHOT.SUPPORT.FORM", "whole"]
-    mapper = EpisodicDatasetMapper(tiny_config(*options), True)
+    mapper, seen = EpisodicDatasetMapper(tiny_config(*options), True), 0
     for seed in range(25):
         query = mapper(episode_of(tmp_path, seed, seed))
         assert query["image"].shape == (3, 64, 64)
@@ -314,13 +376,34 @@ def test_mapped_queries_have_their_boxes_on_their_pixels(tmp_path, with_masks):
         assert len(instances) >= 1
         box = instances.gt_boxes.tensor[-1]
         x0, y0, x1, y1 = box.round().int().clamp(0, 64).tolist()
-        inner = query["image"][:, y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
-        assert (inner >= 199).all() if inner.numel() else True
+        # The smallest crops, of 8 pixels, are enlarged to 64: an edge is then blurred over 4 on both of its sides.
+        inner = query["image"][:, y0 + 4 : y1 - 4, x0 + 4 : x1 - 4]
+        assert (inner >= 200).all()
+        seen += bool(inner.numel())
         if with_masks:
             area = instances.gt_masks.tensor[-1].sum()
             assert area == pytest.approx(float((box[2] - box[0]) * (box[3] - box[1])), abs=80)
         # Supports are as they were.
         assert query["support"].examples[0][0].image.shape == (3, 64, 64)
+    assert seen >= 12, "boxes too small to be looked into would show nothing"
+
+
+def test_whole_supports_are_not_mirrored_with_their_query(tmp_path):
+    """Here they are one picture, which is flipped as a query in training alone."""
+    options = ["FEWSHOT.RESIZE_RULE", "stretch", "INPUT.RANDOM_FLIP", "horizontal"]
+    cfg = tiny_config(*options, "FEWSHOT.SUPPORT.FORM", "whole")
+    train, test = EpisodicDatasetMapper(cfg, True), EpisodicDatasetMapper(cfg, False)
+    # The mapper for queries gives BGR, supports are RGB: the same for a picture without colours.
+    plain, flips = test(episode_of(tmp_path, 3, 0))["image"], Counter()
+    assert not torch.equal(plain, plain.flip(2))
+    for key in range(20):
+        query = train(episode_of(tmp_path, 3, key))
+        ((support,),) = query["support"].examples
+        assert torch.equal(support.image, plain)
+        is_flipped = torch.equal(query["image"], plain.flip(2))
+        assert is_flipped or torch.equal(query["image"], plain)
+        flips[is_flipped] += 1
+    assert min(flips[True], flips[False]) >= 4
 
 
 def test_the_key_alone_decides_and_tests_are_not_augmented(tmp_path):

@@ -212,6 +212,49 @@ def test_the_largest_instance_stands_for_its_image():
     assert largest_instance(InstanceIndex(dicts, {0: 0, 1: 1}), 0, 0) == 2
 
 
+def test_the_largest_instance_is_neither_the_widest_nor_the_tallest():
+    """Areas of 60, 60 and 80, whether boxes are written with sides or with corners."""
+    boxes = [[30, 10, 20, 3], [0, 0, 3, 20], [5, 6, 8, 10]]
+    dicts = [record(1, [(0, box) for box in boxes]), record(2, [(0, box) for box in boxes])]
+    for annotation in dicts[1]["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation.update(bbox=[x, y, x + w, y + h], bbox_mode=BoxMode.XYXY_ABS)
+    index = InstanceIndex(dicts, {0: 0})
+    assert [largest_instance(index, image, 0) for image in (0, 1)] == [2, 2]
+
+
+def test_plans_are_uniform_over_classes_whatever_their_images():
+    """600 tuples of three classes: 200 each, with a standard deviation of 11.5."""
+    index = index_of([[0]] * 5 + [[1]] * 60 + [[2]] * 12)
+    plan = make_tuple_plan(index, index, class_ids=[0, 1, 2], **plan_options(num_episodes=600))
+    classes = Counter(class_id for episode in plan.episodes for class_id in episode.class_ids)
+    assert set(classes) == {0, 1, 2}
+    assert all(abs(number - 200) < 50 for number in classes.values())
+    # So are the queries over the images of a class: 40 each of the first.
+    queries = Counter(e.query_image_ids[0] for e in plan.episodes if e.class_ids == (0,))
+    assert set(queries) == set(range(5)) and min(queries.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("split", "novel"),
+    [
+        *(("part:1/2", {5, 11}), ("part:2/2", {12, 90})),
+        *((f"part:{number}/4", {c}) for number, c in enumerate((5, 11, 12, 90), 1)),
+    ],
+)
+def test_plans_of_a_part_are_of_its_classes_alone(dataset, split, novel):
+    options = {"dataset": NAME, "support_dataset": NAME, "num_episodes": 40, "seed": 1}
+    options |= {"split": split, "sides": ("novel", "base"), "shots": (1, 2)}
+    plans = build_tuple_plans(**options, ground_truth=KEEP_ALL)
+    assert [(plan.side, plan.shots) for plan in plans] == [
+        (side, shots) for side in ("novel", "base") for shots in (1, 2)
+    ]
+    for plan in plans:
+        expected = novel if plan.side == "novel" else set(CATEGORIES) - novel
+        assert set(plan.class_ids) == expected and plan.split == split
+        assert {c for episode in plan.episodes for c in episode.class_ids} == expected
+
+
 def test_plans_with_more_shots_share_queries_and_first_supports(dataset):
     options = {"dataset": NAME, "support_dataset": NAME, "split": "novel:b", "sides": ("base",)}
     plans = build_tuple_plans(
