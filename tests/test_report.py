@@ -38,6 +38,7 @@ from fewshot_d2.structures import Support, SupportSet
 from fewshot_d2.visualization import (
     draw_instances,
     episode_panel,
+    plot_by_number,
     plot_confusion,
     plot_precision_recall,
     query_panel,
@@ -358,6 +359,8 @@ def test_plots_are_pictures_also_of_nothing():
     for content in (
         plot_precision_recall({"novel": np.linspace(1, 0, 101)}),
         plot_precision_recall({}),
+        plot_by_number({}, "number", "value"),
+        plot_by_number({"a": {n: (1.0, float("nan")) for n in range(0, 2700, 100)}}, "x", "y"),
         plot_confusion(undefined, ["a", "b"]),
         plot_confusion(np.full((30, 30), np.nan), [str(i) for i in range(30)]),
     ):

@@ -30,7 +30,8 @@ def folder(tmp_path):
 
 
 def config(folder, *overrides):
-    own = ["DATASETS.TEST", (NAME,), "FEWSHOT.SUPPORT.DATASETS_TEST", (), "MODEL.MASK_ON", False]
+    own = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,)]
+    own += ["FEWSHOT.SUPPORT.DATASETS_TEST", (), "MODEL.MASK_ON", False]
     own += ["FEWSHOT.TEST.PROTOCOL", "episodes", "FEWSHOT.TEST.SIDES", ("novel",)]
     own += ["FEWSHOT.SPLIT", "novel:b,c", "FEWSHOT.SUPPORT.FORM", "whole"]
     own += ["FEWSHOT.BENCHMARK.SUPPORTS", "images", "FEWSHOT.BENCHMARK.EPISODES", 12]

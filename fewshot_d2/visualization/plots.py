@@ -74,7 +74,7 @@ def plot_by_number(
         means, widths = np.array(list(series.values())).T
         bars = None if np.isnan(widths).all() else np.nan_to_num(widths)
         axes.errorbar(places, means, bars, marker="o", capsize=4, label=name, **line_style(i))
-    step = -(-len(numbers) // _MAX_TICKS)
+    step = max(-(-len(numbers) // _MAX_TICKS), 1)
     axes.set_xticks(range(0, len(numbers), step), numbers[::step])
     axes.set_xlim(-0.3, len(numbers) - 0.7)
     axes.set_ylim(bottom=0)
