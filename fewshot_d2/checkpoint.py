@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,17 @@ def load_weights(
         raise ValueError(f"{path} must fit {type(model).__name__}, got: {error}") from error
 
 
-def read_checkpoint(filename: str) -> dict[str, Any]:
+def read_checkpoint(filename: str, *, lazy: bool = False) -> dict[str, Any]:
     """What a checkpoint or a model zoo's file holds, read without running code.
+
+    Args:
+        lazy: leave tensors on the disk until they are used, where the format allows it: for a look at the rest.
 
     Raises:
         ValueError: the file cannot be read or holds no dict; names it.
     """
     try:
-        content = _read(filename)
+        content = _read(filename, lazy)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{filename} must be a readable checkpoint, got: {error}") from error
     if not isinstance(content, Mapping):
@@ -101,9 +105,10 @@ def read_checkpoint(filename: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _read(filename: str) -> Any:
+def _read(filename: str, lazy: bool) -> Any:
     if not filename.endswith(".pkl"):
-        return torch.load(filename, map_location="cpu", weights_only=True)
+        mmap = lazy and zipfile.is_zipfile(filename)
+        return torch.load(filename, map_location="cpu", weights_only=True, mmap=mmap)
     content = load_arrays(filename)
     if not ("model" in content and "__author__" in content):
         content = {"model": content.get("blobs", content), "__author__": "Caffe2"}

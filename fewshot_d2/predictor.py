@@ -271,7 +271,7 @@ def _input(query: Query) -> dict[str, Any]:
 
 def _is_whole(weights: str) -> bool:
     """Whether a file is a checkpoint of training, which holds all weights of a model."""
-    return Path(weights).is_file() and "system" in read_checkpoint(weights)
+    return Path(weights).is_file() and "system" in read_checkpoint(weights, lazy=True)
 
 
 def _checked_device(device: str) -> str:

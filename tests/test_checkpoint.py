@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fewshot_d2 import files
-from fewshot_d2.checkpoint import FewShotCheckpointer
+from fewshot_d2.checkpoint import FewShotCheckpointer, read_checkpoint
 
 
 class Small(nn.Linear):
@@ -51,6 +51,16 @@ def test_broken_file_is_named(tmp_path, content):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(ValueError, match="bad.pth must be a readable checkpoint"):
         FewShotCheckpointer(Small()).load(str(tmp_path / "bad.pth"))
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_lazy_content_is_the_same_in_both_formats(tmp_path, is_zip):
+    content = {"model": {"w": torch.arange(6.0)}, "iteration": 4}
+    path = str(tmp_path / "x.pth")
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    for lazy in (False, True):
+        read = read_checkpoint(path, lazy=lazy)
+        assert read["iteration"] == 4 and torch.equal(read["model"]["w"], torch.arange(6.0))
 
 
 class Evil:

@@ -2,10 +2,10 @@
 """Time and memory of the pooled AP on as many entries as the paper's 500 episodes give (RepMet spec 3.4)."""
 
 import argparse
-import resource
 import time
 
 import numpy as np
+from high_water import high_water
 from tqdm import tqdm
 
 from fewshot_d2.evaluation.pooled_ap import PooledPrecision
@@ -47,7 +47,7 @@ def main() -> None:
     gathered = time.perf_counter()
     summary = precision.summary()
     end = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = high_water() / 2**10
     print(
         f"{summary['num_entries']} entries, joint AP {summary['joint']:.4f} +- {summary['joint_ci95']:.4f}: "
         f"matched in {gathered - start:.1f} s, reduced in {end - gathered:.1f} s, peak memory {peak:.2f} GiB"

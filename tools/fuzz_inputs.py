@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import fuzz_archives as archives
 import fuzz_images as images
 import numpy as np
 import torch
+from high_water import high_water
 
 from fewshot_d2 import SupportSet
 from fewshot_d2.cli.main import main as run_command
@@ -282,7 +282,7 @@ def main() -> int:
             shutil.rmtree(root / "case")
     for kind in sorted({kind for kind, _ in counts}):
         print(f"{kind:36s}", *(f"{counts[kind, o]:6d} {o}" for o in (RIGHT, CLEAR, FAILED)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = high_water()
     print(
         f"{sum(counts.values())} cases, seed {args.seed}, {len(failures)} failures, peak {peak:.0f} MB"
     )

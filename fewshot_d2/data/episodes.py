@@ -7,7 +7,6 @@ the support uniform over images with the class and then over its instances there
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,11 +66,6 @@ class EpisodeFactory:
         self.support_index = support_index
         self.names = names
         self.contiguous_ids = contiguous_ids
-
-    @cached_property
-    def queries_as_supports(self) -> dict[int, tuple[int, ...]]:
-        """Image index of a query -> those of the same file among the supports, where there are any."""
-        return same_images(self.query_index, self.support_index)
 
     def build(
         self,
@@ -136,7 +130,11 @@ class TrainingEpisodes:
         """
         self.factory, self.mapper = factory, mapper
         self.num_ways, self.num_absent_ways, self.num_shots = num_ways, num_absent_ways, num_shots
-        self.seed, self.exclude_query = seed, exclude_query
+        self.seed = seed
+        # Here, as files are looked up on the disk: once, not in every worker.
+        self._excluded = (
+            same_images(factory.query_index, factory.support_index) if exclude_query else {}
+        )
         self.class_ids = sorted(
             set(factory.query_index.class_ids) & set(factory.support_index.class_ids)
         )
@@ -169,8 +167,7 @@ class TrainingEpisodes:
         image_index: int,
         classes: tuple[int, ...],
     ) -> Episode:
-        own = self.factory.queries_as_supports.get(image_index, ())
-        exclude = own if self.exclude_query else ()
+        exclude = self._excluded.get(image_index, ())
         supports = [
             self.factory.support_index.draw_support(rng, c, self.num_shots, exclude)
             for c in classes

@@ -60,7 +60,7 @@ def build_index(
     So are those that are no ``ground_truth``, and before that images with any object of the classes ``hidden_ids``.
     """
     dicts, contiguous = DatasetCatalog.get(dataset), contiguous_ids(dataset)
-    hidden = {i for c, i in contiguous.items() if c in hidden_ids}
+    hidden = {contiguous[c] for c in hidden_ids if c in contiguous}
     dicts = ground_truth(images_without(dicts, hidden))
     if class_ids is not None:
         dicts = restrict_to_classes(dicts, {contiguous[c] for c in class_ids if c in contiguous})

@@ -60,7 +60,7 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     paths = {}
     for path in sorted(folder.glob("model_*.pth")):
         if path.name != BEST:
-            content = read_checkpoint(str(path))
+            content = read_checkpoint(str(path), lazy=True)
             if "iteration" not in content:
                 raise ValueError(f"{path} must be a checkpoint of a training run, got no iteration")
             paths[content["iteration"]] = path
@@ -83,11 +83,12 @@ def mean_metric(results: Mapping[str, Mapping[str, float]], metric: str) -> floa
 
 def _warn_of_tested(cfg: CfgNode, run: Path) -> None:
     """Say so if the data of the choice are those that the run itself is tested on."""
-    tested = set(load_config(str(run)).DATASETS.TEST) if run.is_file() else set()
-    if tested & set(cfg.DATASETS.TEST):
+    tested = load_config(str(run)).DATASETS.TEST if run.is_file() else ()
+    both = sorted(set(tested) & set(cfg.DATASETS.TEST))
+    if both:
         logger.warning(
             "The best checkpoint is chosen on %s, which %s tests: its results there will be too good",
-            *(sorted(tested & set(cfg.DATASETS.TEST)), run),
+            *(both, run),
         )
 
 
